@@ -1,0 +1,63 @@
+# The two commands are `make demo` and `make test`; `make help` lists the rest.
+# Everything lands in this folder: .venv (the environment) and .cvops (caches, tools). Nothing is installed globally
+# but by `make system`, which asks Debian for what Python packages cannot bring.
+
+SHELL  := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+UV     ?= $(shell command -v uv || echo .cvops/tools/uv/bin/uv)
+BIN    := .venv/bin
+DEBIAN := chromium fonts-dejavu-core git strace
+say     = @printf '\033[1m── %s\033[0m\n' "$(1)"
+
+.PHONY: help system setup demo test test-full lab notebooks lock docs wheel clean
+help:           ## what can be made
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+system:         ## what Debian must bring, where it is missing (Chromium for the browser tests, git, strace)
+	@sh .ci/system $(DEBIAN)
+
+setup: .venv/.ready     ## the environment alone: .venv from requirements.lock
+
+.cvops/tools/uv/bin/uv:
+	$(call say,uv is not installed: putting it into .cvops/tools/uv)
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or say which: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .cvops/tools/uv || { echo "Python cannot make environments here: install its venv module (Debian: apt-get install python3-venv)"; exit 1; }
+	@.cvops/tools/uv/bin/pip install --quiet --disable-pip-version-check uv
+
+.venv/.ready: requirements.lock pyproject.toml | $(filter .cvops/%,$(UV))
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or say which: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(call say,environment .venv: about 380 packages and 7 GB with the CUDA libraries; the first time takes minutes)
+	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
+	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch .venv/.ready
+
+demo: setup     ## the whole loop on the synthetic warehouse, or on your images: make demo DATA=path/to/images [LABEL=coarse]
+	$(call say,the loop: images in, a monitored service out)
+	@$(BIN)/cvops demo $(if $(DATA),--data "$(DATA)") $(if $(LABEL),--label "$(LABEL)")
+
+test: system setup      ## all tests but the slow campaigns: under 15 minutes on two cores
+	$(call say,notebooks)
+	@$(BIN)/python tests/notebooks.py
+	$(call say,tests)
+	@$(BIN)/python -m pytest
+
+test-full: test         ## the long campaigns too
+	@$(BIN)/nbdev-test --flags 'slow' --n-workers 0
+
+lab: setup      ## JupyterLab on nbs/
+	@$(BIN)/jupyter lab --notebook-dir=nbs --ServerApp.ip=127.0.0.1
+
+notebooks: setup        ## export the notebooks to cvops_wb/, clean them, renew README.md
+	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tests/readme.py
+
+lock: | $(filter .cvops/%,$(UV))        ## renew requirements.lock: exact versions with hashes, no address
+	@$(UV) pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra mongod --constraint .ci/constraints.txt \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --upgrade -o requirements.lock
+	@grep -cE '^[a-zA-Z0-9._-]+==' requirements.lock | sed 's/$$/ packages locked/'
+
+wheel: setup    ## dist/cvops_wb-*.whl
+	@$(BIN)/python -m hatchling build -t wheel -d dist
+
+clean: setup    ## empty the caches; never the store
+	@$(BIN)/cvops clean
