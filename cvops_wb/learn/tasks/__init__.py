@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS']
 
-# %% ../../../nbs/api/learn/tasks/00_init.ipynb #e322f7e2
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #6fee89fb
 from ...core.registries import Registry
 
-# %% ../../../nbs/api/learn/tasks/00_init.ipynb #ec3cacaf
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #0aef90bd
 TASKS = Registry("task", "cvops_wb.learn.tasks", "cvops_wb.tasks")
