@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/data/00_init.ipynb #dc4a6c2c
+# %% ../../nbs/api/data/00_init.ipynb #08f0592b
 from ..core.faces import lazy_face
 
-# %% ../../nbs/api/data/00_init.ipynb #8c1ee7e5
+# %% ../../nbs/api/data/00_init.ipynb #26519465
 _rooms = {
-    "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_batch": "intake", "draw_samples": "intake", "draw_rejected": "intake",
+    "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_classes": "intake", "draw_samples": "intake", "draw_rejected": "intake",
+    "list_warnings": "intake",
     "curate": "curation", "CurateSpec": "curation",
     "index_samples": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",

@@ -6,7 +6,7 @@
 __all__ = ['Source', 'write_samples', 'read_samples', 'Arrival', 'Busy', 'Store', 'make_folder', 'open_writer', 'stage', 'commit',
            'tabulate', 'list_samples', 'list_rejected', 'read_blob']
 
-# %% ../../nbs/api/data/02_store.ipynb #08ea9636
+# %% ../../nbs/api/data/02_store.ipynb #6e0033d2
 import errno
 import fcntl
 import hashlib
@@ -15,6 +15,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime, timezone
@@ -31,7 +32,7 @@ from ..core.records import SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .images import ImageFacts
 
-# %% ../../nbs/api/data/02_store.ipynb #e4dbc461
+# %% ../../nbs/api/data/02_store.ipynb #65e00f5a
 def write_samples(
     table: pd.DataFrame,    # one row a sample, columns of `SAMPLE_COLUMNS`
     path: Path | str,
@@ -63,7 +64,7 @@ def read_samples(
     lists = {name: table[name].map(list) for name, kind in SAMPLE_COLUMNS.items() if kind == "list"}
     return table.assign(**lists)[list(SAMPLE_COLUMNS)]
 
-# %% ../../nbs/api/data/02_store.ipynb #20308291
+# %% ../../nbs/api/data/02_store.ipynb #1bd14662
 @dataclass(frozen=True)
 class Arrival:
     "One file of a source, looked at: an image with its facts, or a file set aside with a reason."
@@ -91,7 +92,7 @@ pragma user_version = 1;
 
 class Busy(CvopsError): "Another process writes to the store."
 
-# %% ../../nbs/api/data/02_store.ipynb #1a5f54d6
+# %% ../../nbs/api/data/02_store.ipynb #3b0f2221
 class Store:
     "Blobs, rejected files and the journal of one workbench."
 
@@ -130,7 +131,7 @@ class Store:
             cursor = self.journal.execute(query, tuple(values))
             return pd.DataFrame(cursor.fetchall(), columns=[column[0] for column in cursor.description])
 
-# %% ../../nbs/api/data/02_store.ipynb #43a1fb05
+# %% ../../nbs/api/data/02_store.ipynb #8787eeba
 @contextmanager
 def _explaining(place: Path) -> Iterator[None]:
     "Turn what SQLite and the disk complain about into our errors."
@@ -148,7 +149,7 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
-# %% ../../nbs/api/data/02_store.ipynb #869bd3dc
+# %% ../../nbs/api/data/02_store.ipynb #0b68ca80
 @contextmanager
 def open_writer(
     settings: Settings | None = None,
@@ -160,12 +161,17 @@ def open_writer(
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
-            make_folder(store.incoming)
-            for left in store.incoming.iterdir(): left.unlink()
+            _sweep(store)
             yield store
-        finally: store.close()
+        finally:
+            _sweep(store)
+            store.close()
 
-# %% ../../nbs/api/data/02_store.ipynb #5a64b3ed
+def _sweep(store: Store) -> None:
+    make_folder(store.incoming)
+    for left in store.incoming.iterdir(): left.unlink()
+
+# %% ../../nbs/api/data/02_store.ipynb #a5c197e6
 def stage(
     store: Store,
     data: bytes,
@@ -205,7 +211,7 @@ def commit(
             raise
     return new
 
-# %% ../../nbs/api/data/02_store.ipynb #f8d9188f
+# %% ../../nbs/api/data/02_store.ipynb #f4006a2e
 def _marks(count: int) -> str: return ", ".join("?"*count)
 
 def _reject(origin: str, arrival: Arrival, now: str) -> tuple:
@@ -219,11 +225,12 @@ def _rejected_name(arrival: Arrival) -> str:
 def _move(store: Store, arrivals: list[Arrival]) -> None:
     "Rename what was staged to its place, and sync the folders."
     places = [(a.staged, store.rejected/_rejected_name(a) if a.reason else store.blobs/a.sha256[:2]/f"{a.sha256}{a.facts.ext}") for a in arrivals if a.staged]
-    for folder in {place.parent for _, place in places}: make_folder(folder)
+    folders = {place.parent for _, place in places}
+    for folder in folders: make_folder(folder)
     for staged, place in places: os.replace(staged, place)
-    for folder in {place.parent for _, place in places}: sync_folder(folder)
+    with ThreadPoolExecutor(8) as pool: list(pool.map(sync_folder, folders))    # many waits at once cost the disk one
 
-# %% ../../nbs/api/data/02_store.ipynb #a13827b8
+# %% ../../nbs/api/data/02_store.ipynb #866bb0cf
 Source = tuple[str, str, str, str, str]     # sha256, name, label, labeled_by, given_split
 
 def tabulate(
@@ -245,7 +252,7 @@ def _merge(files: list[tuple]) -> dict[str, Any]:
     given = next((split for split in ("train", "val", "test") if split in splits), "")
     return {"sources": sorted(set(names)), "label": labels[first], "labeled_by": makers[first], "given_split": given, "tags": tags}
 
-# %% ../../nbs/api/data/02_store.ipynb #41af2b91
+# %% ../../nbs/api/data/02_store.ipynb #ddafc58a
 def list_samples(settings: Settings | None = None) -> pd.DataFrame:
     "Every image that the store knows, as a sample table."
     store = Store(settings)
@@ -256,7 +263,7 @@ def list_rejected(settings: Settings | None = None) -> pd.DataFrame:
     "Every file that was set aside: origin, name, sha256, reason, detail, file (below `rejected/`), bytes, seen."
     return Store(settings).read_all("select * from rejected order by origin, name")
 
-# %% ../../nbs/api/data/02_store.ipynb #14431c74
+# %% ../../nbs/api/data/02_store.ipynb #30889f21
 def read_blob(
     sample: str | Mapping[str, Any] | Any,              # a row of the sample table, a `sha256` or an `id`
     settings: Settings | None = None,

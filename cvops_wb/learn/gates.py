@@ -6,7 +6,7 @@
 __all__ = ['Rule', 'RULES', 'paired_interval', 'Comparison', 'design_effect', 'compare', 'get_metric', 'rule_samples',
            'rule_accuracy', 'limit_rule', 'rule_champion', 'judge']
 
-# %% ../../nbs/api/learn/09_gates.ipynb #c32664c6
+# %% ../../nbs/api/learn/09_gates.ipynb #187d584a
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from ..core.errors import MetricMissing
 from ..core.records import Evaluation
 from ..core.settings import Gate
 
-# %% ../../nbs/api/learn/09_gates.ipynb #fb5e1c91
+# %% ../../nbs/api/learn/09_gates.ipynb #29977985
 def paired_interval(
     better: float,  # images that only the candidate got right
     worse: float,   # images that only the champion got right
@@ -31,7 +31,8 @@ def paired_interval(
         a, b = 2*count, (2*count - better + worse)*delta - better - worse
         q = (math.sqrt(max(b*b + 4*a*worse*delta*(1 - delta), 0.)) - b)/(2*a)
         spread = count*(2*q + delta*(1 - delta))
-        return (better - worse - count*delta)/math.sqrt(spread) if spread > 1e-12 else math.copysign(math.inf, better - worse - count*delta)
+        off = better - worse - count*delta
+        return off/math.sqrt(spread) if spread > 1e-12 else math.copysign(math.inf, off)
     def solve(wanted: float, low: float, high: float) -> float:
         for _ in range(60):     # the score falls as delta grows
             middle = (low + high)/2
@@ -40,7 +41,7 @@ def paired_interval(
     middle = (better - worse)/count
     return solve(z, -1., middle), solve(-z, middle, 1.)
 
-# %% ../../nbs/api/learn/09_gates.ipynb #5945631c
+# %% ../../nbs/api/learn/09_gates.ipynb #e3de9a70
 @dataclass(frozen=True)
 class Comparison:
     "A candidate against the champion on the same images."
@@ -53,13 +54,14 @@ class Comparison:
     worse: float        # images that only the champion got right, likewise
     effective: float    # as many independent images as all are worth
 
+# %% ../../nbs/api/learn/09_gates.ipynb #a17369bd
 def design_effect(differences: np.ndarray, groups: np.ndarray) -> float:
     "By how much the groups make the sample smaller than it looks; 1 or more."
     _, places, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     centred = differences - differences.mean()
-    if not centred.any(): return float((sizes**2).sum()/len(differences))   # nothing differs: nothing shows that groups do not err together
-    count = len(sizes)
-    return max(1., float((np.bincount(places, centred)**2).sum()*count/max(count - 1, 1)/(centred**2).sum()))
+    if not centred.any(): return float((sizes**2).sum()/len(differences))   # nothing shows that groups do not err together
+    few = len(sizes)/max(len(sizes) - 1, 1)/(len(centred)/(len(centred) - 1))     # of few groups the spread is underrated
+    return max(1., float((np.bincount(places, centred)**2).sum()/(centred**2).sum()*few))
 
 def compare(
     candidate: pd.DataFrame,    # predictions: id, correct, group
@@ -76,22 +78,25 @@ def compare(
     low, high = paired_interval(better, worse, effective)
     return Comparison(version, float(differences.mean()), low, high, len(both), better, worse, effective)
 
-# %% ../../nbs/api/learn/09_gates.ipynb #856d39b1
+# %% ../../nbs/api/learn/09_gates.ipynb #a15aaa11
 Rule = dict[str, Any]   # rule, value, limit, passed, why
 
 def get_metric(values: Mapping[str, float], name: str) -> float:
     "A number that was measured; `MetricMissing` if it was not, or is no number."
     value = values.get(name)
-    if value is None or not math.isfinite(value): raise MetricMissing(f"the metric {name!r} was not measured", got=value, fix="run `cvops evaluate` again with --force")
-    return float(value)
+    if value is not None and math.isfinite(value): return float(value)
+    raise MetricMissing(f"the metric {name!r} was not measured", got=value, fix="run `cvops evaluate` again with --force")
 
 def _rule(name: str, value: float, limit: float, passed: bool, why: str) -> Rule:
     return {"rule": name, "value": round(float(value), 6), "limit": limit, "passed": bool(passed), "why": why}
 
+# %% ../../nbs/api/learn/09_gates.ipynb #7859ce8d
 def rule_samples(e: Evaluation, gate: Gate) -> Rule:
+    "Enough images for any verdict."
     return _rule("min_samples", e.count, gate.min_samples, e.count >= gate.min_samples, f"{e.count} images of the split {e.split!r} were scored")
 
 def rule_accuracy(e: Evaluation, gate: Gate) -> Rule:
+    "The accuracy's interval lies above the limit."
     low, high = (get_metric(dict(enumerate(e.intervals.get("accuracy", []))), k) for k in (0, 1))
     accuracy = get_metric(e.metrics, "accuracy")
     return _rule("min_accuracy", low, gate.min_accuracy, low >= gate.min_accuracy,
@@ -112,11 +117,12 @@ RULES: dict[str, Callable[[Evaluation, Gate], Rule]] = {
     "max_size_mb": limit_rule("max_size_mb", "size_mb", " (the ONNX file)"),
 }
 
-# %% ../../nbs/api/learn/09_gates.ipynb #9bca2718
+# %% ../../nbs/api/learn/09_gates.ipynb #5a58f39d
 def rule_champion(comparison: Comparison, gate: Gate) -> Rule:
     "Not worse than the champion by more than the margin."
     c, limit = comparison, -gate.margin
-    said = f"accuracy {c.difference:+.3f} against version {c.version} on the same {c.count} images, 95 % interval [{c.low:+.3f}, {c.high:+.3f}] (Tango 1998)"
+    said = (f"accuracy {c.difference:+.3f} against version {c.version} on the same {c.count} images, "
+            f"95 % interval [{c.low:+.3f}, {c.high:+.3f}] (Tango 1998)")
     if c.low > limit: return _rule("not_worse_than_champion", c.low, limit, True, said)
     if c.high <= limit: return _rule("not_worse_than_champion", c.low, limit, False, f"worse: {said}")
     return _rule("not_worse_than_champion", c.low, limit, False, f"inconclusive, so refused: {said}. {_say_how(c, gate.margin)}")
@@ -127,10 +133,11 @@ def _say_how(c: Comparison, margin: float) -> str:
     more = f"Should it stay so on about {math.ceil(c.count*next(enough, math.inf)/10)*10} test images, it would pass" if c.effective else ""
     return f"{more}; or widen `margin` in settings.ini"
 
+# %% ../../nbs/api/learn/09_gates.ipynb #6355dbda
 def judge(
     evaluation: Evaluation,
     gate: Gate,                             # the limits
-    comparison: Comparison | MetricMissing | None = None,  # with the champion; None where there is none; an error where it could not be made
+    comparison: Comparison | MetricMissing | None = None,   # with the champion; none: there is none; an error: it could not be made
 ) -> list[Rule]:
     "Every rule's verdict; a number that is missing is a no."
     rules = [_ask(name, lambda rule=rule: rule(evaluation, gate), getattr(gate, name)) for name, rule in RULES.items()]
@@ -143,4 +150,5 @@ def _got(comparison: Comparison | MetricMissing) -> Comparison:
 
 def _ask(name: str, rule: Callable[[], Rule], limit: float) -> Rule:
     try: return rule()
-    except MetricMissing as e: return {"rule": name, "value": None, "limit": limit, "passed": False, "why": f"refused, because a number is missing: {str(e).splitlines()[0]}"}
+    except MetricMissing as e:
+        return {"rule": name, "value": None, "limit": limit, "passed": False, "why": f"refused, for a number is missing: {e.what}"}

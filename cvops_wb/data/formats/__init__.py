@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['formats', 'IMAGES', 'OTHER_IMAGES', 'SPLITS', 'Item', 'Listing', 'Format', 'is_image_name', 'clean_name',
-           'walk_images', 'find_format']
+           'walk_images', 'find_format', 'explain_source']
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #5912906d
+# %% ../../../nbs/api/data/formats/00_init.ipynb #e88ac7e4
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ...core.errors import BadInput
 from ...core.registries import Registry
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #9e8bd011
+# %% ../../../nbs/api/data/formats/00_init.ipynb #cf70bb30
 @dataclass(frozen=True)
 class Item:
     "One file of a source."
@@ -47,7 +47,7 @@ class Format(Protocol):
 
 formats = Registry("format", package="cvops_wb.data.formats", group="cvops_wb.formats")
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #214b4171
+# %% ../../../nbs/api/data/formats/00_init.ipynb #9bf502db
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
@@ -60,7 +60,7 @@ def clean_name(name: str) -> str:
     "A file's name as text that a table can hold: bytes that are no UTF-8 are written out."
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #80efcc29
+# %% ../../../nbs/api/data/formats/00_init.ipynb #bcb8c149
 def walk_images(
     root: Path,                     # the source
     skipped: Counter | None = None, # counts the files that are no images, by suffix
@@ -85,19 +85,20 @@ def _make_item(root: Path, path: Path) -> Item:
     if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
     return Item(name, path)
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #c58f16d9
+# %% ../../../nbs/api/data/formats/00_init.ipynb #5796aacf
 def find_format(
     source: str,            # what the person gave
     name: str = "auto",     # a format's name, or `auto` to look
-) -> str:
-    "The name of the format that reads `source`; `BadInput` says what is wrong with it if none does."
-    if name != "auto": return name if formats[name] else name
+) -> tuple[str, Format]:
+    "The format that reads `source`, and its name; `BadInput` says what is wrong with the source if none does."
+    if name != "auto": return name, formats[name]
     scores = {key: formats[key].detect(source) for key in formats}
     best = max(scores, key=scores.get)
-    if scores[best] > 0: return best
-    raise _explain(source)
+    if scores[best] > 0: return best, formats[best]
+    raise explain_source(source)
 
-def _explain(source: str) -> BadInput:
+def explain_source(source: str) -> BadInput:
+    "Why nothing can be taken from a source, and what to give instead."
     path, ways = Path(source).expanduser(), f"a folder with one sub-folder a class, or one of: {', '.join(formats)}"
     if not source: return BadInput("no source was given", fix=f"give {ways}")
     if not path.exists(): return BadInput("the folder does not exist", got=source, fix=_near(path) or f"give {ways}")

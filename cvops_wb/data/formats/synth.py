@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['parse_source', 'prepare_warehouse', 'Synth']
 
-# %% ../../../nbs/api/data/formats/03_synth.ipynb #deb9defb
+# %% ../../../nbs/api/data/formats/03_synth.ipynb #6e19412d
 import shutil
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from .folder import Folder
 
 if TYPE_CHECKING: from cvops_wb.data.synthesis import WarehouseSpec
 
-# %% ../../../nbs/api/data/formats/03_synth.ipynb #ff0ebac5
+# %% ../../../nbs/api/data/formats/03_synth.ipynb #71484d4b
 def parse_source(
     source: str,    # `synth`, or `synth:` and `field=value` with commas between
 ) -> "WarehouseSpec":
@@ -49,7 +49,7 @@ def prepare_warehouse(
     write_atomic(folder/".complete", "")
     return folder
 
-# %% ../../../nbs/api/data/formats/03_synth.ipynb #6be47326
+# %% ../../../nbs/api/data/formats/03_synth.ipynb #855d8954
 @formats.register("synth")
 class Synth:
     "Shelf photographs made here, with planted faults whose truth is known."

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['AIR_GAPPED', 'list_architectures', 'take_head', 'fetch_weights', 'build_vision']
 
-# %% ../../../nbs/api/learn/networks/02_vision.ipynb #08344048
+# %% ../../../nbs/api/learn/networks/02_vision.ipynb #9751a09b
 from urllib.error import URLError
 
 import torch
 from torch import nn
 
 from ...core.errors import CvopsError, UnknownName, needs
-from . import NETWORKS, Network, fill
+from . import NETWORKS, Assembled, Network, fill
 
-# %% ../../../nbs/api/learn/networks/02_vision.ipynb #34ee8f36
+# %% ../../../nbs/api/learn/networks/02_vision.ipynb #4fc68767
 def list_architectures() -> list[str]:
     "What can follow `torchvision:`."
     with needs("train"): from torchvision import models
-    return [n for n in models.list_models(module=models) if not n.startswith(("squeezenet", "googlenet", "inception"))]
+    return [n for n in models.list_models(module=models) if not n.startswith(("squeezenet", "googlenet", "inception", "maxvit"))]
 
 def take_head(model: nn.Module) -> nn.Linear:
     "Replace the last linear layer by nothing, and return it."
@@ -28,7 +28,7 @@ def take_head(model: nn.Module) -> nn.Linear:
     setattr(parent, name.rpartition(".")[2], nn.Identity())
     return head
 
-# %% ../../../nbs/api/learn/networks/02_vision.ipynb #74f33818
+# %% ../../../nbs/api/learn/networks/02_vision.ipynb #616f93f4
 def fetch_weights(architecture: str, weights: str) -> dict[str, torch.Tensor]:
     "torchvision's pre-trained tensors by their name, `DEFAULT` or `IMAGENET1K_V1`; needs the internet or torch's own cache."
     from torchvision import models
@@ -39,11 +39,13 @@ def fetch_weights(architecture: str, weights: str) -> dict[str, torch.Tensor]:
     except (URLError, OSError, RuntimeError) as e:
         raise CvopsError(f"the weights {weights} of {architecture} could not be downloaded", got=f"{url}: {e}", fix=AIR_GAPPED.format(url=url)) from e
 
-AIR_GAPPED = """on a machine with the internet, run
-    python -c "import torch; from safetensors.torch import save_file; save_file(torch.hub.load_state_dict_from_url('{url}', weights_only=True), 'w.safetensors')"
-  then copy the file here and give its path as weights=w.safetensors; or train from scratch with weights="" """
+AIR_GAPPED = """on a machine with the internet, run in Python
+    from safetensors.torch import save_file
+    from torch.hub import load_state_dict_from_url
+    save_file(load_state_dict_from_url("{url}", weights_only=True), "weights.safetensors")
+  then copy that file here and give its path as `weights`; or train from scratch, with `weights` empty"""
 
-# %% ../../../nbs/api/learn/networks/02_vision.ipynb #44750c83
+# %% ../../../nbs/api/learn/networks/02_vision.ipynb #8385b295
 @NETWORKS.register("torchvision")
 def build_vision(
     variant: str,       # `resnet18`, `mobilenet_v3_small`, `convnext_tiny`, …
@@ -53,10 +55,10 @@ def build_vision(
 ) -> Network:
     "One of torchvision's classification architectures."
     with needs("train"): from torchvision import models
-    if variant not in list_architectures(): raise UnknownName("architecture of torchvision", variant, list_architectures(), fix="write it as torchvision:resnet18")
-    options = {"image_size": size} if variant.startswith(("vit_", "maxvit")) else {}
-    model = models.get_model(variant, weights=None, **({"input_size": (size, size)} if variant.startswith("maxvit") else options))
+    known = list_architectures()
+    if variant not in known: raise UnknownName("architecture of torchvision", variant, known, fix="write it as torchvision:resnet18")
+    model = models.get_model(variant, weights=None, **({"image_size": size} if variant.startswith("vit_") else {}))
     head = take_head(model)
-    network = Network(model, nn.Linear(head.in_features, classes))
+    network = Assembled(model, nn.Linear(head.in_features, classes))
     if weights: fill(network, fetch_weights(variant, weights), f"{variant}/{weights}")
     return network

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TASKS']
 
-# %% ../../../nbs/api/learn/tasks/00_init.ipynb #6fee89fb
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #bb22772c
 from ...core.registries import Registry
 
-# %% ../../../nbs/api/learn/tasks/00_init.ipynb #0aef90bd
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #29f52bc9
 TASKS = Registry("task", "cvops_wb.learn.tasks", "cvops_wb.tasks")

@@ -1,0 +1,191 @@
+"The samples in FiftyOne: equal to the record, rebuilt at will, shown in the App; and no process left behind."
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cvops_wb.core.errors import BadInput, MissingTool, NoRoom
+from cvops_wb.core.processes import free_port
+from cvops_wb.core.records import View
+from cvops_wb.core.settings import load_settings
+from cvops_wb.data import views
+from cvops_wb.data.curation import CurateSpec, curate
+from cvops_wb.data.intake import IngestSpec, ingest
+from cvops_wb.data.splits import SPLITS
+from cvops_wb.data.store import read_samples
+from cvops_wb.data.views import NUMBERS, ViewSpec, find_marker, find_mongod, index_samples, listens, open_app, open_database, open_fiftyone, serving_app
+
+REPO = Path(__file__).parents[1]
+CHROMIUM = "/usr/bin/chromium"
+
+
+def room(settings, run: str):
+    "The folder of a run."
+    path = settings.reports/run
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def list_processes(word: str) -> list[str]:
+    "Command lines on this machine that hold the word."
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try: lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError: continue
+    return [line for line in lines if word in line]
+
+
+def count_grouped(selection) -> int: return int(read_samples(selection.samples).group.duplicated(keep=False).sum())
+
+
+@pytest.fixture(scope="module")
+def shelf(photos, tmp_path_factory):
+    "A workbench with a selection that was indexed."
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("views")/"bench"
+        root.mkdir()
+        shutil.copy(REPO/"settings.ini", root)
+        patch.setenv("CVOPS_ROOT", str(root))
+        settings = load_settings(root)
+        source = root/"source"
+        shutil.copytree(photos, source)
+        shutil.copy(source/"lime"/"00.jpg", source/"lime"/"copy.jpg")
+        from PIL import Image
+        Image.open(source/"plum"/"03.jpg").save(source/"plum"/"again.jpg", quality=70)
+        selection = curate(ingest(str(source), IngestSpec(), room(settings, "ingest")), CurateSpec(), room(settings, "curate-1"))
+        yield settings, selection, index_samples(selection, ViewSpec(), room(settings, "explore"))
+
+
+@pytest.mark.slow
+def test_the_index_equals_the_record(shelf):
+    settings, selection, view = shelf
+    table = read_samples(selection.samples).set_index("id")
+    assert view == View("curate-1", settings.workbench.name, len(table), {tag: count for tag, count in selection.tags.items()})
+    assert selection.tags["near_duplicate"] == selection.tags["exact_duplicate"] == 1
+    with open_fiftyone() as fiftyone:
+        dataset = fiftyone.load_dataset(view.dataset)
+        assert dataset.persistent and dataset.count_values("split") == table.split.value_counts().to_dict() and dataset.count_values("label.label") == table.label.value_counts().to_dict()
+        for sample in dataset:
+            row = table.loc[sample["key"]]
+            assert sample.tags == row.tags and sample["group"] == row.group and sample["sources"] == row.sources and sample["sha256"] in sample.filepath
+            assert [sample[name] for name in NUMBERS] == row[list(NUMBERS)].tolist() and Path(sample.filepath).stat().st_size == sample.metadata.size_bytes == row.bytes
+        shown = {name: dataset.load_saved_view(name) for name in dataset.list_saved_views()}
+        assert {name: len(shown[name]) for name in SPLITS} == {split: selection.splits.get(split, 0) for split in SPLITS}
+        assert len(shown["set aside"]) == selection.set_aside == 1 and len(shown["duplicates and scenes"]) == count_grouped(selection)
+        odd = shown["oddest first"].values("oddness")
+        assert odd == sorted(odd, reverse=True) and fiftyone.list_datasets() == [view.dataset]
+
+
+@pytest.mark.slow
+def test_the_index_is_rebuilt(shelf):
+    "Again is the same; another name stands beside it; and a cache that was deleted is noticed and made again."
+    settings, selection, view = shelf
+    assert index_samples(selection, ViewSpec(), room(settings, "again")) == view
+    other = index_samples(selection, ViewSpec(dataset="other one"), room(settings, "other"))
+    assert replace(other, dataset=view.dataset) == view
+    shutil.rmtree(settings.cache)
+    with pytest.raises(BadInput, match="not in the cache"), serving_app(view, free_port()): pass
+    assert index_samples(selection, ViewSpec(), room(settings, "anew")) == view and find_marker(settings, view.dataset).is_file()
+    assert json.loads(find_marker(settings, view.dataset).read_text())["count"] == view.count
+    with open_fiftyone() as fiftyone: assert fiftyone.list_datasets() == [view.dataset]
+
+
+@pytest.mark.slow
+def test_fiftyone_is_left_as_it_was(shelf):
+    settings, _, _ = shelf
+    before = dict(os.environ)
+    with open_fiftyone() as fiftyone: inside = fiftyone.config.database_uri
+    assert dict(os.environ) == before and fiftyone.config.database_uri != inside and "databricks" not in [n for n, m in sys.modules.items() if m is None]
+    assert not listens(int(inside.rpartition(":")[2])) and not list_processes(str(settings.cache/"mongo"))
+
+
+@pytest.mark.slow
+def test_the_database_of_a_killed_process(shelf):
+    "kill -9 of its owner: mongod goes, and the next start has all data."
+    settings, _, view = shelf
+    program = "import time; from cvops_wb.core.settings import load_settings; from cvops_wb.data.views import open_database\nwith open_database(load_settings()) as address: print(address, flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    address = process.stdout.readline().strip()
+    with open_database(settings) as shared: assert shared == address
+    process.kill()
+    process.wait()
+    with open_fiftyone() as fiftyone: assert len(fiftyone.load_dataset(view.dataset)) == view.count
+    assert not list_processes(str(settings.cache/"mongo"))
+
+
+def test_an_address_from_settings(workbench, monkeypatch):
+    monkeypatch.setenv("CVOPS_FIFTYONE_DATABASE", "mongodb://db.example:27017")
+    with open_database(load_settings()) as address: assert address == "mongodb://db.example:27017"
+    assert not (workbench.cache/"mongo").exists()
+
+
+def test_without_mongod(workbench, monkeypatch):
+    monkeypatch.setattr(views, "find_spec", lambda name: None)
+    monkeypatch.setattr(views.shutil, "which", lambda name: None)
+    with pytest.raises(MissingTool, match="no mongod"): find_mongod()
+
+
+def test_a_port_in_use(workbench):
+    import socket
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(NoRoom, match="in use"): open_app(View("curate-1", "warehouse", 1), taken.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_app_shows_the_samples(shelf, tmp_path):
+    "In Chromium: the data set, its labels and pictures, a saved view; nothing is asked of another machine, and no other file is served."
+    playwright = pytest.importorskip("playwright.sync_api")
+    if not Path(CHROMIUM).exists(): pytest.skip("Chromium is not installed (make system)")
+    settings, selection, view = shelf
+    away, pictures, refused = [], [], []
+
+    def watch(route):
+        near = route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:"))
+        if not near: away.append(route.request.url)
+        return route.continue_() if near else route.abort()
+
+    with serving_app(view, free_port()) as address, playwright.sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page.route("**/*", watch)
+        page.on("response", lambda r: pictures.append(r.status) if "/media" in r.url else None)
+        page.goto(address)
+        page.get_by_text(f"{view.count} samples").wait_for(timeout=60_000)
+        page.get_by_text("apple").first.wait_for(timeout=30_000)
+        page.wait_for_function("document.querySelectorAll('canvas, [data-cy=looker], img').length > 8", timeout=30_000)
+        page.wait_for_timeout(1500)
+        page.screenshot(path=tmp_path/"app.png")
+        page.goto(f"{address}?view=duplicates-and-scenes")
+        page.get_by_text(f"{count_grouped(selection)} samples").wait_for(timeout=30_000)
+        origin = address.partition("/datasets")[0]
+        for path in ("/etc/passwd", str(settings.root/"settings.ini")): refused.append(page.request.get(f"{origin}/media?filepath={path}").status)
+        browser.close()
+    assert away == [] and refused == [403, 403] and len(pictures) >= 8 and set(pictures) <= {200, 206, 304}
+    from PIL import Image
+    assert len(Image.open(tmp_path/"app.png").convert("RGB").getcolors(10**7)) > 2000
+    assert not list_processes(str(settings.cache)) and not list_processes("run_server")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_app_and_all_that_it_started(shelf):
+    settings, _, view = shelf
+    port = free_port()
+    program = f"import json, sys; from cvops_wb.core.records import View; from cvops_wb.data.views import open_app; open_app(View('curate-1', {view.dataset!r}, 1), {port})"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    lines = [process.stderr.readline(), process.stderr.readline()]
+    assert "Ctrl-C ends it" in lines[1] and f":{port}/datasets/{view.dataset}" in lines[1] and len(list_processes(str(settings.cache))) >= 1
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0 and "closed" in process.stderr.read()
+    time.sleep(.2)
+    assert not listens(port) and not list_processes(str(settings.cache)) and not list_processes(f"run_server(int(sys.argv[1]), sys.argv[2]) {port}")

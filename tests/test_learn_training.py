@@ -1,0 +1,143 @@
+"From photographs to a registered model, through the data wing, torch, ONNX Runtime, DVC and MLflow; and what cannot be trained."
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cvops_wb.core.errors import BadInput, UnknownName, WrongUsage
+from cvops_wb.core.places import locate
+from cvops_wb.core.processes import hush
+from cvops_wb.core.settings import load_settings
+from cvops_wb.data import CurateSpec, IngestSpec, SnapshotSpec, curate, ingest, open_snapshot, take_snapshot
+from cvops_wb.learn import (
+    EvaluateSpec, RegisterSpec, TrainSpec, draw_calibration, draw_classes, draw_confusion, draw_errors, draw_history, draw_metrics, draw_predictions,
+    draw_verdict, evaluate, find_version, list_versions, read_model, read_scores, register, run_model, train,
+)
+from cvops_wb.learn.loading import load_pixels
+from cvops_wb.learn.training import Diverged, NoDevice, choose_device
+
+from conftest import PYPROJECT, REPO
+
+TINY = TrainSpec(network="small_resnet:8", epochs=8, size=32, batch_size=8, track=False)
+REFERENCE = {"id", "label", "predicted", "confidence", "entropy_of_scores", "embedding",
+             "brightness", "contrast", "sharpness", "entropy", "saturation", "width", "height", "bytes"}
+
+
+@pytest.fixture(scope="module")
+def shelf(photos, tmp_path_factory):
+    "A workbench with a snapshot of the forty photographs."
+    root = tmp_path_factory.mktemp("learn")
+    shutil.copy(REPO/"settings.ini", root)
+    (root/"pyproject.toml").write_text(PYPROJECT)
+    hush()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROOT": root, "GATE_MIN_SAMPLES": 5, "GATE_MIN_ACCURACY": .05, "GATE_MAX_CALIBRATION_ERROR": .9, "TRAIN_THREADS": 1}.items():
+            patch.setenv(f"CVOPS_{name}", str(value))
+        patch.chdir(root)
+        settings = load_settings()
+        batch = ingest(str(photos), IngestSpec(), room(settings, "ingest"))
+        selection = curate(batch, CurateSpec(val=.25, test=.25), room(settings, "curate"))
+        yield settings, take_snapshot(selection, SnapshotSpec(push=False), room(settings, "snapshot"))
+
+
+def room(settings, run: str):
+    "The folder of a run."
+    path = settings.reports/run
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.mark.slow
+def test_from_photographs_to_a_champion(shelf, capsys):
+    settings, snapshot = shelf
+    candidate = train(snapshot, replace(TINY, epochs=12, track=True), room(settings, "train-1"))
+    assert capsys.readouterr().out.count("epoch ") == 12 and candidate.tracking
+    assert pd.read_csv(settings.reports/"train-1"/"history.csv").shape[0] == 12
+    model = read_model(locate(candidate.model), candidate.manifest_sha256)
+    reference = model.read_reference()
+    assert REFERENCE <= set(reference) and set(reference["label"]) <= set(snapshot.classes) and model.classes == snapshot.classes
+    assert candidate.metrics["parity"] < 1e-3 and candidate.metrics["accuracy"] == (reference["label"] == reference["predicted"]).mean()
+
+    evaluation = evaluate(candidate, EvaluateSpec(bootstrap=200), room(settings, "evaluate-1"))
+    table = read_scores(evaluation)
+    assert evaluation.split == "test" and evaluation.count == len(table) == snapshot.splits["test"] and evaluation.candidate == "train-1"
+    assert evaluation.metrics["accuracy"] == table["correct"].mean() and evaluation.intervals["accuracy"][0] <= evaluation.metrics["accuracy"]
+    assert evaluation.metrics["accuracy"] > .5      # four colours
+    assert {"top3", "macro_f1", "calibration_error", "accuracy_unleaked", "latency_ms", "size_mb"} <= set(evaluation.metrics)
+    assert sum(c["count"] for c in evaluation.per_class.values()) == evaluation.count
+
+    version = register(evaluation, RegisterSpec(), room(settings, "register-1"))
+    assert (version.version, version.alias) == (1, "champion") and find_version() == version and len(list_versions()) == 1
+    assert (settings.root/"data.dvc").is_file()
+    for picture in (draw_history(candidate), draw_predictions(candidate), draw_metrics(evaluation), draw_confusion(evaluation),
+                    draw_calibration(evaluation), draw_classes(evaluation), draw_verdict(version)): assert picture is not None
+    if not table["correct"].all(): assert draw_errors(evaluation).width > 100
+
+    again = evaluate(candidate, EvaluateSpec(split="val", bootstrap=50, track=False), room(settings, "evaluate-2"))
+    assert again.split == "val" and abs(again.metrics["accuracy"] - candidate.metrics["accuracy"]) < 1e-9
+
+    from cvops_wb.learn.tracking import find_run, open_client
+    client, experiment = open_client(settings)
+    run = client.get_run(find_run(client, experiment, "train-1"))
+    assert run.info.run_id == candidate.tracking and run.data.tags["cvops.snapshot"] == snapshot.id and run.data.metrics["test_accuracy"] >= 0
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == 12
+    assert {"curves.png", "confusion.png", "model.json"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
+
+
+def test_the_same_seed_gives_the_same_model(shelf):
+    settings, snapshot = shelf
+    spec = replace(TINY, epochs=2)
+    first, same, other = (train(snapshot, replace(spec, seed=s), room(settings, f"train-seed-{k}")) for k, s in enumerate([1, 1, 2]))
+    assert first.manifest_sha256 == same.manifest_sha256 != other.manifest_sha256 and first.metrics == same.metrics
+
+
+def test_pixels_are_those_of_the_service(shelf):
+    "What evaluation feeds the model is what `resize_image(decode_image(bytes))` gives in service."
+    from cvops_wb.data import decode_image, resize_image
+    settings, snapshot = shelf
+    reader = open_snapshot(snapshot)
+    pixels, = load_pixels(reader, [32], settings.cache/"pixels")
+    name = reader.table.query("split == 'test'")["id"].iloc[0]
+    assert (pixels.take([name])[0] == resize_image(decode_image(reader.read(name)), 32)).all()
+
+
+def test_torchvision_trains_too(shelf):
+    settings, snapshot = shelf
+    candidate = train(snapshot, replace(TINY, network="torchvision:mobilenet_v3_small", epochs=1, size=64), room(settings, "train-vision"))
+    images = np.zeros((3, 64, 64, 3), np.uint8)
+    assert run_model(read_model(locate(candidate.model)), images).logits.shape == (3, 4) and candidate.parameters > 1e6
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"epochs": 0}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
+    ({"lr": float("nan")}, WrongUsage, "lr"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
+    ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"), ({"lr": 1e30}, Diverged, "smaller lr"),
+])
+def test_what_cannot_be_trained(shelf, change, error, message):
+    settings, snapshot = shelf
+    with pytest.raises(error) as caught: train(snapshot, replace(TINY, **change), room(settings, "train-bad"))
+    assert message in str(caught.value)
+    assert not (settings.reports/"train-bad"/"model").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.assign(label="apple"), "two classes"),
+    (lambda t: t.assign(label=""), "no labelled sample"),
+    (lambda t: t[t["split"] != "val"], "'val' holds no"),
+    (lambda t: t[t["split"] != "train"], "'train' holds no"),
+])
+def test_what_cannot_be_learned_from(shelf, monkeypatch, change, message):
+    settings, snapshot = shelf
+    class Changed:
+        table, classes = change(open_snapshot(snapshot).table), snapshot.classes
+    monkeypatch.setattr("cvops_wb.data.open_snapshot", lambda record: Changed(), raising=False)
+    with pytest.raises(BadInput, match=message): train(snapshot, TINY, room(settings, "train-bad"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_said():
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(NoDevice, match="torch sees none"): choose_device("cuda")

@@ -1,0 +1,94 @@
+"The stage: a version's newest predictions against the reference that the version carries."
+import json
+
+import pandas as pd
+import pytest
+from watch_bench import make_bento, write_log
+
+from cvops_wb.core.errors import BadInput, BadModel
+from cvops_wb.core.files import dump_json
+from cvops_wb.core.records import parse_record
+from cvops_wb.watch import MonitorSpec, draw_columns, draw_timeline, monitor
+from cvops_wb.watch.drift import make_window
+from cvops_wb.watch.monitoring import trace_column
+
+QUICK = MonitorSpec(report=False)
+LOG = ".cvops/store/predictions"
+
+
+@pytest.fixture
+def bento(workbench): return make_bento(workbench)
+
+
+@pytest.fixture
+def out(workbench, monkeypatch):
+    "The unfinished folder of a run."
+    folder = workbench.reports/"monitor-0000000000.part"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("CVOPS_PART", str(folder))
+    return folder
+
+
+def test_a_dark_camera(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(600, seed=2, darker=.4, dark_camera="camera-2"))
+    window = monitor(LOG, bento, QUICK, out)
+    assert window.drifted and window.share >= .3 and window.count == 600 and window.version == 1
+    assert window.columns["brightness"]["note"].endswith("mostly camera-2")
+    assert .6 < window.accuracy < .93 and window.since < window.until and window.report.startswith("reports/monitor-0000000000/")
+    assert sorted(p.name for p in out.iterdir()) == ["columns.parquet", "reference.parquet", "window.parquet"]
+    assert parse_record(json.loads(dump_json(window.to_dict()))) == window
+    for figure in (draw_timeline(window), draw_columns(window)): assert len(figure.axes) >= 2
+
+
+def test_a_good_day_and_twice_the_same(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(400, seed=3).assign(label=""))
+    window = monitor(LOG, bento, QUICK, out)
+    assert not window.drifted and window.share == 0 and window.accuracy is None
+    assert monitor(LOG, bento, QUICK, out) == window
+
+
+@pytest.mark.parametrize("share, drifted", [(.01, True), (.9, False)])
+def test_the_share_that_is_called_drift(workbench, bento, out, share, drifted):
+    write_log(workbench.root/LOG, make_window(400, seed=4, darker=.3))
+    window = monitor(LOG, bento, MonitorSpec(share=share, report=False), out)
+    assert window.drifted is drifted and window.share > .3
+
+
+def test_other_versions_in_between(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(300, seed=5))
+    write_log(workbench.root/LOG, make_window(300, seed=6, darker=.5, start="2026-03-02T20:00:00").assign(version=2))
+    window = monitor(LOG, bento, MonitorSpec(newest=200, report=False), out)
+    assert window.count == 200 and not window.drifted
+    rows = pd.read_parquet(out/"window.parquet")
+    assert rows["time"].is_monotonic_increasing and rows["time"].max() < "2026-03-02T20"
+
+
+@pytest.mark.parametrize("rows, words", [
+    (None, "nothing has been predicted"), (make_window(12), "too few"), (make_window(50).assign(version=7), "version 1 has predicted nothing"),
+])
+def test_nothing_to_judge(workbench, bento, out, rows, words):
+    if rows is not None: write_log(workbench.root/LOG, rows)
+    with pytest.raises(BadInput, match=words) as caught: monitor(LOG, bento, QUICK, out)
+    assert caught.value.fix and list(out.iterdir()) == []
+
+
+def test_a_version_without_reference(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(50))
+    found = next((workbench.root/bento.path).rglob("reference.parquet"))
+    found.unlink()
+    with pytest.raises(BadInput, match="no reference"): monitor(LOG, bento, QUICK, out)
+
+
+def test_a_reference_that_was_changed(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(50))
+    make_window(300, seed=99).to_parquet(next((workbench.root/bento.path).rglob("reference.parquet")))
+    with pytest.raises(BadModel, match="manifest"): monitor(LOG, bento, QUICK, out)
+
+
+@pytest.mark.parametrize("count", [1, 9, 25, 400])
+def test_the_trace_knows_when_it_began(count):
+    reference = make_window(300, seed=1)
+    window = pd.concat([make_window(count, seed=2), make_window(count, seed=3, darker=.5, start="2026-03-02T15:00:00")], ignore_index=True)
+    traced = trace_column(window, reference, "brightness")
+    assert len(traced) == max(1, min(24, 2*count//10)) and (traced["low"] < traced["high"]).all()
+    if count == 400: assert traced["outside"].tolist() == [False]*12 + [True]*12
