@@ -10,7 +10,18 @@ from PIL import Image
 
 from cvops_wb.core.errors import BadInput, WrongUsage
 from cvops_wb.core.records import SAMPLE_COLUMNS
-from cvops_wb.data.curation import CurateSpec, add_tags, count_splits, curate, draw_duplicates, draw_quality, draw_splits, group_samples, has_tag, split_samples
+from cvops_wb.data.curation import (
+    CurateSpec,
+    add_tags,
+    count_splits,
+    curate,
+    draw_duplicates,
+    draw_quality,
+    draw_splits,
+    group_samples,
+    has_tag,
+    split_samples,
+)
 from cvops_wb.data.duplicates import NEAR, SCENE, find_candidates, find_pairs, join_groups, pick_representatives
 from cvops_wb.data.images import inspect_image
 from cvops_wb.data.intake import IngestSpec, ingest
@@ -24,7 +35,8 @@ def make_table(count: int, **columns) -> pd.DataFrame:
     blank = {"str": "", "int": 100, "float": .9, "list": ()}
     rows = {name: [blank[kind]]*count for name, kind in SAMPLE_COLUMNS.items()}
     ids = [f"{k:016x}" for k in range(count)]
-    return pd.DataFrame({**rows, "id": ids, "group": ids, "label": ["tea", "milk"]*(count//2) + ["tea"]*(count % 2), "sources": [["a.jpg"]]*count, "tags": [[]]*count, **columns})
+    labels = ["tea", "milk"]*(count//2) + ["tea"]*(count % 2)
+    return pd.DataFrame({**rows, "id": ids, "group": ids, "label": labels, "sources": [["a.jpg"]]*count, "tags": [[]]*count, **columns})
 
 
 def room(settings, run: str):
@@ -65,7 +77,7 @@ def test_near_duplicates_of_real_photographs(grocery):
         truth.append((k, len(files) - 1))
     table = pd.DataFrame([vars(inspect_image(data)) for data in files])
     pairs = find_pairs(table, files.__getitem__, likeness=NEAR)
-    found = set(zip(pairs.a, pairs.b))
+    found = set(zip(pairs.a, pairs.b, strict=True))
     assert len(found & set(truth)) >= .98*len(truth) and found <= set(truth)
 
 
@@ -100,15 +112,16 @@ def test_the_representative(rows, best):
 
 
 @pytest.mark.parametrize("change, flag", [
-    ({"brightness": .02}, "dark"), ({"brightness": .97}, "bright"), ({"entropy": .1}, "blank"), ({"contrast": .01}, "blank"), ({"sharpness": .005}, "blurred"),
-    ({"width": 20, "height": 20}, "odd_size"), ({"width": 4000, "height": 3000}, "odd_size"), ({"width": 900, "height": 150}, "odd_shape"), ({}, None),
+    ({"brightness": .02}, "dark"), ({"brightness": .97}, "bright"), ({"entropy": .1}, "blank"), ({"contrast": .01}, "blank"),
+    ({"sharpness": .005}, "blurred"), ({"width": 20, "height": 20}, "odd_size"), ({"width": 4000, "height": 3000}, "odd_size"),
+    ({"width": 900, "height": 150}, "odd_shape"), ({}, None),
 ])
 @pytest.mark.parametrize("noise", [0., 1.])
 def test_quality_flags(change, flag, noise):
     "Each fault bears its flag and no other, in a batch that varies and in one that does not."
     rng = np.random.default_rng(0)
-    batch = pd.DataFrame({"brightness": .45 + noise*rng.normal(0, .06, 300), "contrast": .4, "sharpness": .3*np.exp(noise*rng.normal(0, .25, 300)), "entropy": .93,
-                          "width": 480, "height": 360})
+    light, detail = .45 + noise*rng.normal(0, .06, 300), .3*np.exp(noise*rng.normal(0, .25, 300))
+    batch = pd.DataFrame({"brightness": light, "contrast": .4, "sharpness": detail, "entropy": .93, "width": 480, "height": 360})
     batch = pd.concat([batch, pd.DataFrame([{**batch.median(), **change}])], ignore_index=True)
     flags, oddness = flag_quality(batch), measure_oddness(batch)
     assert flags.iloc[-1][flags.iloc[-1]].index.tolist() == [flag]*(flag is not None) and not flags.iloc[:-1].to_numpy().any()
@@ -130,7 +143,8 @@ def test_a_split_is_stable_when_data_are_added(seed):
 
 
 @pytest.mark.parametrize("labels, train, val", [
-    (["tea"]*3 + ["milk"]*3, 2, 1), (["tea"]*2 + ["milk"]*2, 2, 1), (["tea"]*40 + ["milk"], 2, 1), (["tea"]*2 + ["milk"], 2, 1), ([*"abcdefgh"] + ["a"], 8, 1),
+    (["tea"]*3 + ["milk"]*3, 2, 1), (["tea"]*2 + ["milk"]*2, 2, 1), (["tea"]*40 + ["milk"], 2, 1), (["tea"]*2 + ["milk"], 2, 1),
+    ([*"abcdefgh"] + ["a"], 8, 1),
 ])
 @pytest.mark.parametrize("seed", range(5))
 def test_small_data_can_be_trained_on(labels, train, val, seed):
@@ -186,7 +200,9 @@ def test_bursts(stuck):
     assert links == ([] if stuck else [(k, k + 1) for k in range(0, 50, 2)])
 
 
-@pytest.mark.parametrize("keep, strategy, given, aside", [(False, "auto", "", 1), (True, "auto", "", 0), (False, "auto", "train", 0), (False, "grouped", "train", 1)])
+@pytest.mark.parametrize("keep, strategy, given, aside", [
+    (False, "auto", "", 1), (True, "auto", "", 0), (False, "auto", "train", 0), (False, "grouped", "train", 1),
+])
 def test_near_duplicates_are_set_aside_where_we_split(keep, strategy, given, aside):
     table = make_table(40, given_split=[given]*30 + [given and "val"]*10)
     pairs = pd.DataFrame({"a": [0, 4], "b": [2, 6], "distance": 2, "likeness": [.99, .8]})
@@ -203,7 +219,8 @@ def test_conflicts_and_what_has_no_label_are_set_aside():
 
 
 def test_a_class_with_one_image_is_trained_on():
-    done, _ = split_samples(group_samples(make_table(41, label=["tea", "milk"]*20 + ["salt"]), pd.DataFrame(columns=["a", "b", "distance", "likeness"]), CurateSpec()), CurateSpec())
+    table, pairs = make_table(41, label=["tea", "milk"]*20 + ["salt"]), pd.DataFrame(columns=["a", "b", "distance", "likeness"])
+    done, _ = split_samples(group_samples(table, pairs, CurateSpec()), CurateSpec())
     assert done.tags[40] == ["singleton"] and done.split[40] == "train"
 
 
@@ -219,10 +236,12 @@ def test_the_stage(workbench, photos):
     selection = curate(batch, CurateSpec(), room(workbench, "curate-1"))
     table = read_samples(selection.samples)
     assert selection.batch == "ingest-1" and selection.samples == "reports/curate-1/samples.parquet" and selection.strategy == "grouped"
-    assert selection.count + selection.set_aside == batch.count == len(table) and sum(selection.splits.values()) == selection.count == sum(selection.classes.values())
+    assert selection.count + selection.set_aside == batch.count == len(table)
+    assert sum(selection.splits.values()) == selection.count == sum(selection.classes.values())
     assert curate(batch, CurateSpec(), room(workbench, "curate-2")).table_sha256 == selection.table_sha256
     assert curate(batch, CurateSpec(seed=1), room(workbench, "curate-3")).splits != {} and count_splits(table).to_numpy().sum() == batch.count
-    assert {p.name for p in (workbench.reports/"curate-1").iterdir()} == {"samples.parquet", "pairs.parquet", "splits.png", "duplicates.png", "quality.png"}
+    written = {p.name for p in (workbench.reports/"curate-1").iterdir()}
+    assert written == {"samples.parquet", "pairs.parquet", "splits.png", "duplicates.png", "quality.png"}
     for picture in (draw_splits(selection), draw_duplicates(selection), draw_quality(selection)): assert picture is not None
     json.dumps(selection.to_dict())
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cvops_wb.core.errors import BadInput, MissingTool, NoRoom
 from cvops_wb.core.processes import free_port
@@ -20,7 +21,18 @@ from cvops_wb.data.curation import CurateSpec, curate
 from cvops_wb.data.intake import IngestSpec, ingest
 from cvops_wb.data.splits import SPLITS
 from cvops_wb.data.store import read_samples
-from cvops_wb.data.views import NUMBERS, ViewSpec, find_marker, find_mongod, index_samples, listens, open_app, open_database, open_fiftyone, serving_app
+from cvops_wb.data.views import (
+    NUMBERS,
+    ViewSpec,
+    find_marker,
+    find_mongod,
+    index_samples,
+    listens,
+    open_app,
+    open_database,
+    open_fiftyone,
+    serving_app,
+)
 
 REPO = Path(__file__).parents[1]
 CHROMIUM = "/usr/bin/chromium"
@@ -57,7 +69,6 @@ def shelf(photos, tmp_path_factory):
         source = root/"source"
         shutil.copytree(photos, source)
         shutil.copy(source/"lime"/"00.jpg", source/"lime"/"copy.jpg")
-        from PIL import Image
         Image.open(source/"plum"/"03.jpg").save(source/"plum"/"again.jpg", quality=70)
         selection = curate(ingest(str(source), IngestSpec(), room(settings, "ingest")), CurateSpec(), room(settings, "curate-1"))
         yield settings, selection, index_samples(selection, ViewSpec(), room(settings, "explore"))
@@ -71,11 +82,13 @@ def test_the_index_equals_the_record(shelf):
     assert selection.tags["near_duplicate"] == selection.tags["exact_duplicate"] == 1
     with open_fiftyone() as fiftyone:
         dataset = fiftyone.load_dataset(view.dataset)
-        assert dataset.persistent and dataset.count_values("split") == table.split.value_counts().to_dict() and dataset.count_values("label.label") == table.label.value_counts().to_dict()
+        assert dataset.persistent and dataset.count_values("split") == table.split.value_counts().to_dict()
+        assert dataset.count_values("label.label") == table.label.value_counts().to_dict()
         for sample in dataset:
             row = table.loc[sample["key"]]
-            assert sample.tags == row.tags and sample["group"] == row.group and sample["sources"] == row.sources and sample["sha256"] in sample.filepath
-            assert [sample[name] for name in NUMBERS] == row[list(NUMBERS)].tolist() and Path(sample.filepath).stat().st_size == sample.metadata.size_bytes == row.bytes
+            assert sample.tags == row.tags and sample["group"] == row.group and sample["sources"] == row.sources
+            assert sample["sha256"] in sample.filepath and Path(sample.filepath).stat().st_size == sample.metadata.size_bytes == row.bytes
+            assert [sample[name] for name in NUMBERS] == row[list(NUMBERS)].tolist()
         shown = {name: dataset.load_saved_view(name) for name in dataset.list_saved_views()}
         assert {name: len(shown[name]) for name in SPLITS} == {split: selection.splits.get(split, 0) for split in SPLITS}
         assert len(shown["set aside"]) == selection.set_aside == 1 and len(shown["duplicates and scenes"]) == count_grouped(selection)
@@ -102,7 +115,8 @@ def test_fiftyone_is_left_as_it_was(shelf):
     settings, _, _ = shelf
     before = dict(os.environ)
     with open_fiftyone() as fiftyone: inside = fiftyone.config.database_uri
-    assert dict(os.environ) == before and fiftyone.config.database_uri != inside and "databricks" not in [n for n, m in sys.modules.items() if m is None]
+    assert dict(os.environ) == before and fiftyone.config.database_uri != inside
+    assert "databricks" not in sys.modules or sys.modules["databricks"] is not None
     assert not listens(int(inside.rpartition(":")[2])) and not list_processes(str(settings.cache/"mongo"))
 
 
@@ -110,7 +124,8 @@ def test_fiftyone_is_left_as_it_was(shelf):
 def test_the_database_of_a_killed_process(shelf):
     "kill -9 of its owner: mongod goes, and the next start has all data."
     settings, _, view = shelf
-    program = "import time; from cvops_wb.core.settings import load_settings; from cvops_wb.data.views import open_database\nwith open_database(load_settings()) as address: print(address, flush=True); time.sleep(60)"
+    program = ("import time; from cvops_wb.core.settings import load_settings; from cvops_wb.data.views import open_database\n"
+               "with open_database(load_settings()) as address: print(address, flush=True); time.sleep(60)")
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     address = process.stdout.readline().strip()
     with open_database(settings) as shared: assert shared == address
@@ -140,22 +155,38 @@ def test_a_port_in_use(workbench):
         with pytest.raises(NoRoom, match="in use"): open_app(View("curate-1", "warehouse", 1), taken.getsockname()[1])
 
 
+@pytest.fixture(scope="module")
+def app(shelf):
+    "`open_app` in a process of its own, as `cvops curate --app` runs it: the process and the address that it printed."
+    settings, _, view = shelf
+    port = free_port()
+    program = ("from cvops_wb.core.records import View; from cvops_wb.data.views import open_app; "
+               f"open_app(View('curate-1', {view.dataset!r}, 1), {port})")
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    lines = [process.stderr.readline(), process.stderr.readline()]
+    assert "Ctrl-C ends it" in lines[1] and list_processes(str(settings.cache))
+    yield process, lines[1].split()[1]
+    process.kill()
+    process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_app_shows_the_samples(shelf, tmp_path):
+def test_the_app_shows_the_samples(shelf, app, tmp_path):
     "In Chromium: the data set, its labels and pictures, a saved view; nothing is asked of another machine, and no other file is served."
     playwright = pytest.importorskip("playwright.sync_api")
     if not Path(CHROMIUM).exists(): pytest.skip("Chromium is not installed (make system)")
     settings, selection, view = shelf
-    away, pictures, refused = [], [], []
+    address, away, pictures = app[1], [], []
 
     def watch(route):
         near = route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:"))
         if not near: away.append(route.request.url)
         return route.continue_() if near else route.abort()
 
-    with serving_app(view, free_port()) as address, playwright.sync_playwright() as play:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as play:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync"]
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags)
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.route("**/*", watch)
@@ -163,28 +194,22 @@ def test_the_app_shows_the_samples(shelf, tmp_path):
         page.goto(address)
         page.get_by_text(f"{view.count} samples").wait_for(timeout=60_000)
         page.get_by_text("apple").first.wait_for(timeout=30_000)
-        page.wait_for_function("document.querySelectorAll('canvas, [data-cy=looker], img').length > 8", timeout=30_000)
         page.wait_for_timeout(1500)
         page.screenshot(path=tmp_path/"app.png")
         page.goto(f"{address}?view=duplicates-and-scenes")
         page.get_by_text(f"{count_grouped(selection)} samples").wait_for(timeout=30_000)
-        origin = address.partition("/datasets")[0]
-        for path in ("/etc/passwd", str(settings.root/"settings.ini")): refused.append(page.request.get(f"{origin}/media?filepath={path}").status)
+        media = address.partition("/datasets")[0] + "/media?filepath="
+        refused = [page.request.get(media + path).status for path in ("/etc/passwd", str(settings.root/"settings.ini"))]
         browser.close()
     assert away == [] and refused == [403, 403] and len(pictures) >= 8 and set(pictures) <= {200, 206, 304}
-    from PIL import Image
     assert len(Image.open(tmp_path/"app.png").convert("RGB").getcolors(10**7)) > 2000
-    assert not list_processes(str(settings.cache)) and not list_processes("run_server")
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_app_and_all_that_it_started(shelf):
-    settings, _, view = shelf
-    port = free_port()
-    program = f"import json, sys; from cvops_wb.core.records import View; from cvops_wb.data.views import open_app; open_app(View('curate-1', {view.dataset!r}, 1), {port})"
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
-    lines = [process.stderr.readline(), process.stderr.readline()]
-    assert "Ctrl-C ends it" in lines[1] and f":{port}/datasets/{view.dataset}" in lines[1] and len(list_processes(str(settings.cache))) >= 1
+def test_ctrl_c_ends_the_app_and_all_that_it_started(shelf, app):
+    settings, _, _ = shelf
+    process, address = app
+    port = int(address.partition("127.0.0.1:")[2].partition("/")[0])
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0 and "closed" in process.stderr.read()
     time.sleep(.2)

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/data/00_init.ipynb #08f0592b
+# %% ../../nbs/api/data/00_init.ipynb #f82955f4
 from ..core.faces import lazy_face
 
-# %% ../../nbs/api/data/00_init.ipynb #26519465
+# %% ../../nbs/api/data/00_init.ipynb #47a12546
 _rooms = {
     "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_classes": "intake", "draw_samples": "intake", "draw_rejected": "intake",
     "list_warnings": "intake",
-    "curate": "curation", "CurateSpec": "curation",
+    "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
     "index_samples": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",
-    "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots",
+    "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",
     "Store": "store", "read_samples": "store", "write_samples": "store", "read_blob": "store", "list_samples": "store", "list_rejected": "store",
     "decode_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images",
-    "make_warehouse": "synthesis", "WarehouseSpec": "synthesis",
+    "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "TrafficSpec": "synthesis",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

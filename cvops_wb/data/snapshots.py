@@ -6,7 +6,7 @@
 __all__ = ['REMOTE', 'ensure_dvc', 'run_dvc', 'locked', 'version_data', 'push_data', 'SnapshotSpec', 'take_snapshot',
            'digest_table', 'read_current', 'find_snapshot', 'SnapshotReader', 'open_snapshot', 'draw_snapshot']
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #c802c7d8
+# %% ../../nbs/api/data/15_snapshots.ipynb #7e691a48
 import fcntl
 import json
 import os
@@ -35,7 +35,7 @@ from .shards import Place, index_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #155ae758
+# %% ../../nbs/api/data/15_snapshots.ipynb #7897e386
 REMOTE = "cvops"
 
 def ensure_dvc(settings: Settings) -> Path:
@@ -62,7 +62,7 @@ def _lay_over(config: ConfigParser, settings: Settings) -> dict[str, dict[str, s
     cache, section = {"type": '"hardlink,copy"', **said.get("cache", {})}, f"'remote \"{REMOTE}\"'"
     return {**said, "core": core, "cache": cache, section: {**said.get(section, {}), "url": url, "verify": "true"}}
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #36f6b09d
+# %% ../../nbs/api/data/15_snapshots.ipynb #b3cbe28a
 _PROGRAM = """
 import json, sys
 from dvc.cli import main
@@ -84,7 +84,7 @@ def run_dvc(settings: Settings, *commands: list[str]) -> str:
 def _explain(error: ToolFailed, what: str, settings: Settings) -> CvopsError:
     text = str(error.got)
     if re.search(r"No space left|Disk quota|Errno 28", text):
-        return NoRoom("the disk is full; the version before is untouched", got=what, fix="free some space (`cvops clean` empties caches), run it again")
+        return NoRoom("the disk is full; the version before is untouched", got=what, fix="free some space (`cvops clean` empties caches)")
     if "Unable to acquire lock" in text:
         return ToolFailed("another DVC command is running here", got=what, fix="wait until it has ended, and run it again")
     if "push" in what:
@@ -100,7 +100,7 @@ def locked(settings: Settings) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #c075dba7
+# %% ../../nbs/api/data/15_snapshots.ipynb #d330e9cf
 def version_data(message: str = "", push: bool = False) -> str:
     "Renew `data.dvc` for what stands in `data/` now, and push it if asked; returns the hash in it."
     settings = load_settings()
@@ -129,7 +129,7 @@ def push_data() -> None:
     if not (settings.root/"data.dvc").is_file(): raise BadInput("there is no version to push yet", got=settings.root, fix="run `cvops snapshot`")
     with locked(settings): run_dvc(settings, ["push", "data.dvc"])
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #1a40e333
+# %% ../../nbs/api/data/15_snapshots.ipynb #33d3db06
 @dataclass(frozen=True)
 class SnapshotSpec:
     "What to say of a version, and whether to send it away."
@@ -151,7 +151,7 @@ def take_snapshot(
     write_picture(out/"snapshot.png", draw_snapshot(snapshot))
     return snapshot
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #2c209bf5
+# %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
 def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> Snapshot:
     images = zip(table["sha256"], table["ext"], table["bytes"])
     shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob(sha256, settings))
@@ -172,7 +172,7 @@ def digest_table(path: Path) -> str:
     "What a snapshot is named by."
     return hash_value({"kind": "snapshot", "samples": hash_file(path)})
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #9905dd7d
+# %% ../../nbs/api/data/15_snapshots.ipynb #a39ee1f3
 def read_current(settings: Settings | None = None) -> str:
     "The id of the snapshot that was taken last; empty if there is none."
     path = (settings or load_settings()).versioned/"current"
@@ -192,7 +192,7 @@ def find_snapshot(
     if len(found) != 1: raise UnknownName("snapshot", name, known, fix="run `cvops snapshot`, or `dvc pull` in a clone")
     return _read_known(settings, found[0])
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #237a4ff1
+# %% ../../nbs/api/data/15_snapshots.ipynb #0666d841
 class SnapshotReader:
     "A snapshot's samples and images, read where they stand."
 
@@ -226,7 +226,7 @@ class SnapshotReader:
         "The samples of a split; `none` gives those that were set aside."
         return self.table[self.table["split"] == split].reset_index(drop=True)
 
-# %% ../../nbs/api/data/15_snapshots.ipynb #578c2ee3
+# %% ../../nbs/api/data/15_snapshots.ipynb #fa2580af
 def open_snapshot(snapshot: Snapshot) -> SnapshotReader:
     "A snapshot, ready to read: `.table`, `.classes`, `.read(id)`, `.select(split)`."
     return SnapshotReader(snapshot, load_settings())

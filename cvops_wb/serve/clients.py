@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CallFailed', 'Client', 'to_bytes']
 
-# %% ../../nbs/api/serve/09_clients.ipynb #905adf71
+# %% ../../nbs/api/serve/09_clients.ipynb #50b65b25
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import CvopsError, needs
 
-# %% ../../nbs/api/serve/09_clients.ipynb #8c59accd
+# %% ../../nbs/api/serve/09_clients.ipynb #d96ee242
 class CallFailed(CvopsError):
     "The service refused, or does not answer."
 
@@ -44,7 +45,7 @@ class Client:
     ) -> dict[str, Any]:
         "The answer: label, confidence, top, scores, version, model, request_id, time, latency_ms; `CallFailed` if there is none."
         named = {"x-camera": camera, "x-caller": caller, "x-request-id": request_id}
-        headers = {name: value.encode("ascii", "replace").decode() for name, value in named.items() if value}
+        headers = {name: re.sub(r"[\x00-\x1f\x7f]+", " ", value).strip().encode() for name, value in named.items() if value}
         return self.call("POST", "/predict", content=to_bytes(image), headers={"content-type": "application/octet-stream", **headers})
 
     def list_models(self) -> list[dict[str, Any]]:

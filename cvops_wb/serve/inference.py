@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_session', 'count_threads', 'Answer', 'calibrate', 'spread', 'Classifier', 'open_onnx']
 
-# %% ../../nbs/api/serve/02_inference.ipynb #1145ddc3
+# %% ../../nbs/api/serve/02_inference.ipynb #7db15fc4
 import hashlib
 import io
 import os
@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import needs
 from .verification import VerifiedModel, spoilt
 
-# %% ../../nbs/api/serve/02_inference.ipynb #3a8fdfc5
+# %% ../../nbs/api/serve/02_inference.ipynb #7460b07d
 def open_session(
     onnx: bytes,        # verified
     threads: int = 1,   # for one image
@@ -39,7 +39,7 @@ def count_threads(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return threads or max(1, cores//max(workers, 1))
 
-# %% ../../nbs/api/serve/02_inference.ipynb #5ceb68a8
+# %% ../../nbs/api/serve/02_inference.ipynb #21e0f5fb
 @dataclass(frozen=True)
 class Answer:
     "What a model says of one image."
@@ -65,7 +65,7 @@ def spread(scores: np.ndarray) -> float:
     present = scores[scores > 0].astype(np.float64)
     return float(max(0., -(present*np.log(present)).sum())/np.log(len(scores)))
 
-# %% ../../nbs/api/serve/02_inference.ipynb #89eb24fd
+# %% ../../nbs/api/serve/02_inference.ipynb #cb3075ec
 class Classifier:
     "A verified model, ready to be asked; safe to call from several threads."
 
@@ -105,7 +105,7 @@ class Classifier:
         logits, embedding = self.session.run(["logits", "embedding"], {"images": pixels[None]})
         return calibrate(logits[0], self.model.temperature), embedding[0]
 
-# %% ../../nbs/api/serve/02_inference.ipynb #acd6303b
+# %% ../../nbs/api/serve/02_inference.ipynb #a79fe195
 def open_onnx(model: VerifiedModel, threads: int) -> Any:
     "A session for a verified model; `BadModel` if the graph cannot run or has other inputs or outputs than agreed."
     with needs("serve"): from onnxruntime.capi import onnxruntime_pybind11_state as ort

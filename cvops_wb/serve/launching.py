@@ -6,7 +6,7 @@
 __all__ = ['WORKER', 'SHORT_LIFE', 'LONGEST_PAUSE', 'COMPACT_EVERY', 'Supervisor', 'say', 'serve_bento', 'stopped_by_signals',
            'find_bento', 'open_listener', 'make_environment', 'Running', 'service_running', 'obey']
 
-# %% ../../nbs/api/serve/08_launching.ipynb #bb10b904
+# %% ../../nbs/api/serve/08_launching.ipynb #a7160f58
 import errno
 import json
 import os
@@ -24,14 +24,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..core.errors import NoRoom, ToolFailed, WrongUsage
-from ..core.processes import QUIET, _die_with_parent, answers, free_port, running, wait_until
+from ..core.processes import QUIET, _die_with_parent, answers, claim_port, free_port, running, wait_until
 from ..core.records import Bento
 from ..core.settings import Settings, load_settings
 from .limits import check_host, read_tokens
 from .predictions import compact_predictions
 from .verification import verify_model
 
-# %% ../../nbs/api/serve/08_launching.ipynb #73535fff
+# %% ../../nbs/api/serve/08_launching.ipynb #467752fb
 WORKER = "import sys; from cvops_wb.serve.service import run_worker; run_worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 SHORT_LIFE, LONGEST_PAUSE, COMPACT_EVERY = 10., 5., 60.     # seconds
 
@@ -102,7 +102,7 @@ def say(text: str) -> None:
     "A line on standard error, which is nobody's input."
     print(text, file=sys.stderr, flush=True)
 
-# %% ../../nbs/api/serve/08_launching.ipynb #362e9ad8
+# %% ../../nbs/api/serve/08_launching.ipynb #4e7d2736
 def serve_bento(
     bento: Bento,
     host: str | None = None,        # settings.ini's, if not given
@@ -161,7 +161,7 @@ def make_environment(settings: Settings, given: Settings, folder: Path, log: Pat
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
             "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
 
-# %% ../../nbs/api/serve/08_launching.ipynb #d3254c5c
+# %% ../../nbs/api/serve/08_launching.ipynb #4e65c61a
 @dataclass(frozen=True)
 class Running:
     "A service that runs beside us."
@@ -181,7 +181,7 @@ def service_running(
     "A bento's service on the loopback, for as long as the block runs."
     settings = load_settings()
     find_bento(settings, bento)
-    port = port or free_port()
+    port = claim_port(port, "port") if port else free_port()
     url, order = f"http://127.0.0.1:{port}", {"bento": bento.to_dict(), "port": port, "workers": workers, "log": str(Path(log).resolve())}
     command = [sys.executable, "-c", "import sys; from cvops_wb.serve.launching import obey; obey(sys.argv[1])", json.dumps(order)]
     with running(command, output, settings.root, {"CVOPS_ROOT": str(settings.root), **(env or {})}, grace=40.) as process:

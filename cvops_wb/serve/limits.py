@@ -7,7 +7,7 @@ __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'ENVELOPE', 'READ_SECONDS', 'Receive', '
            'too_large', 'check_length', 'read_body', 'split_type', 'find_file', 'Parts', 'read_tokens', 'check_host',
            'is_loopback', 'check_caller', 'Gate']
 
-# %% ../../nbs/api/serve/03_limits.ipynb #46ea6037
+# %% ../../nbs/api/serve/03_limits.ipynb #c381cb64
 import asyncio
 import hmac
 import os
@@ -22,7 +22,7 @@ from typing import Any
 from ..core.errors import BadImage, CvopsError, WrongUsage, needs
 from ..core.files import human_size
 
-# %% ../../nbs/api/serve/03_limits.ipynb #364d06cb
+# %% ../../nbs/api/serve/03_limits.ipynb #e626c1d1
 class BadRequest(CvopsError):
     "A request that is answered with a 4xx: status, reason code, way out."
 
@@ -37,7 +37,7 @@ def explain(error: BadRequest | BadImage) -> tuple[int, dict[str, Any], dict[str
     status = error.status if isinstance(error, BadRequest) else IMAGE_STATUS.get(error.reason, 422)
     return status, {"error": error.what, "reason": error.reason, "fix": error.fix}, getattr(error, "headers", {})
 
-# %% ../../nbs/api/serve/03_limits.ipynb #d90c706f
+# %% ../../nbs/api/serve/03_limits.ipynb #9204bcdc
 RAW_TYPES = frozenset({"image/jpeg", "image/jpg", "image/png", "image/webp", "application/octet-stream"})
 ENVELOPE = 16_384           # bytes that a multipart body may have around its file
 READ_SECONDS = 15.          # that an upload may take
@@ -59,7 +59,8 @@ async def read_upload(
     most = max_bytes + (ENVELOPE if multipart else 0)
     check_length(headers.get("content-length", ""), most, max_bytes)
     try: body = await asyncio.wait_for(read_body(receive, most, max_bytes), seconds)
-    except TimeoutError: raise BadRequest(408, "slow", f"the upload took longer than {seconds:g} s", "send a smaller image", {"connection": "close"}) from None
+    except TimeoutError:
+        raise BadRequest(408, "slow", f"the upload took longer than {seconds:g} s", "send a smaller image", {"connection": "close"}) from None
     data = find_file(body, options.get("boundary", "")) if multipart else body
     if not data: raise BadRequest(400, "empty", "the upload is empty", "send the bytes of one image")
     if len(data) > max_bytes: raise too_large(max_bytes)
@@ -67,7 +68,8 @@ async def read_upload(
 
 def too_large(max_bytes: int) -> BadRequest:
     "The refusal of an upload beyond the limit."
-    return BadRequest(413, "too_large", f"the upload is larger than {human_size(max_bytes)}", "scale the image, or raise [serve] max_bytes", {"connection": "close"})
+    return BadRequest(413, "too_large", f"the upload is larger than {human_size(max_bytes)}",
+                      "scale the image, or raise [serve] max_bytes", {"connection": "close"})
 
 def check_length(text: str, most: int, max_bytes: int) -> None:
     "Refuse a body by the length that its sender says."
@@ -90,10 +92,11 @@ def split_type(text: str) -> tuple[str, dict[str, str]]:
     pairs = (part.partition("=") for part in rest)
     return kind.strip().lower(), {name.strip().lower(): value.strip().strip('"') for name, _, value in pairs}
 
-# %% ../../nbs/api/serve/03_limits.ipynb #59885eb9
+# %% ../../nbs/api/serve/03_limits.ipynb #91ccdbcc
 def find_file(body: bytes, boundary: str) -> bytes:
     "The content of the first file in a multipart body; `BadRequest` if it has none."
-    if not boundary or len(boundary) > 200 or not boundary.isascii(): raise BadRequest(400, "bad_multipart", "the multipart body has no usable boundary", "let your HTTP library write the content type")
+    if not boundary or len(boundary) > 200 or not boundary.isascii():
+        raise BadRequest(400, "bad_multipart", "the multipart body has no usable boundary", "let your HTTP library write the content type")
     with needs("serve"): from python_multipart.exceptions import MultipartParseError
     from python_multipart.multipart import MultipartParser
     parts = Parts()
@@ -101,7 +104,8 @@ def find_file(body: bytes, boundary: str) -> bytes:
     try:
         parser.write(body)
         parser.finalize()
-    except MultipartParseError: raise BadRequest(400, "bad_multipart", "the multipart body cannot be read", "send it again, with a field called `file`") from None
+    except MultipartParseError:
+        raise BadRequest(400, "bad_multipart", "the multipart body cannot be read", "send it again, with a field called `file`") from None
     if parts.file is None: raise BadRequest(400, "no_file", "the form has no file", "send the image in a field called `file`")
     return bytes(parts.file)
 
@@ -133,22 +137,29 @@ class Parts:
         "More of the part's content."
         if self.open: self.file += data[start:end]
 
-# %% ../../nbs/api/serve/03_limits.ipynb #476da83b
+# %% ../../nbs/api/serve/03_limits.ipynb #a4a8875b
 def read_tokens(environment: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     "The tokens that are accepted; none if there is no token set."
     text, file = environment.get("CVOPS_TOKEN", ""), environment.get("CVOPS_TOKEN_FILE", "")
     try: text += "\n" + Path(file).read_text() if file else ""
-    except (OSError, UnicodeDecodeError) as e: raise WrongUsage("the token file cannot be read", got=e, fix="let CVOPS_TOKEN_FILE name a file with one token a line") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise WrongUsage("the token file cannot be read", got=e,
+                         fix="let CVOPS_TOKEN_FILE name a file with one token a line") from e
     tokens = tuple(line.strip().encode() for line in text.splitlines() if line.strip())
-    if file and not tokens: raise WrongUsage("the token file is empty", got=file, fix="write one token a line: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
-    if any(len(token) < 16 for token in tokens): raise WrongUsage("a token is too short", got="fewer than 16 characters", fix="python -c 'import secrets; print(secrets.token_urlsafe(32))'")
+    if file and not tokens:
+        raise WrongUsage("the token file is empty", got=file,
+                         fix="write one token a line: python -c 'import secrets; print(secrets.token_urlsafe(32))'")
+    if any(len(token) < 16 for token in tokens):
+        raise WrongUsage("a token is too short", got="fewer than 16 characters",
+                         fix="python -c 'import secrets; print(secrets.token_urlsafe(32))'")
     return tokens
 
 def check_host(host: str, tokens: tuple[bytes, ...]) -> str:
     "The address to listen on; `WrongUsage` if others could reach it and there is no token."
     if host == "localhost": return "127.0.0.1"
     if not tokens and not is_loopback(host):
-        raise WrongUsage("an address that others can reach needs a token", got=host, fix="set CVOPS_TOKEN or CVOPS_TOKEN_FILE, or let [serve] host be 127.0.0.1")
+        raise WrongUsage("an address that others can reach needs a token", got=host,
+                         fix="set CVOPS_TOKEN or CVOPS_TOKEN_FILE, or let [serve] host be 127.0.0.1")
     return host
 
 def is_loopback(address: str) -> bool:
@@ -170,9 +181,10 @@ def check_caller(
     host, origin = headers.get("host", ""), headers.get("origin", "")
     if not is_loopback(client) or not is_loopback(re.sub(r":\d+$", "", host) or "127.0.0.1"):
         raise BadRequest(403, "not_loopback", "without a token this service answers its own machine alone", "set CVOPS_TOKEN where the service runs")
-    if origin and origin.partition("://")[2] != host: raise BadRequest(403, "other_origin", "a page of another site may not ask", "open the page of this service")
+    if origin and origin.partition("://")[2] != host:
+        raise BadRequest(403, "other_origin", "a page of another site may not ask", "open the page of this service")
 
-# %% ../../nbs/api/serve/03_limits.ipynb #e5fe8eca
+# %% ../../nbs/api/serve/03_limits.ipynb #0f8977a5
 class Gate:
     "So many at once, and no more."
 
@@ -181,7 +193,8 @@ class Gate:
 
     def check(self) -> None:
         "`BadRequest` 429 if it is full."
-        if self.inside >= self.most: raise BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
+        if self.inside < self.most: return
+        raise BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
 
     def enter(self) -> None:
         "Take a place, or be refused."

@@ -7,7 +7,7 @@ __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES',
            'Reply', 'to_reply', 'Metrics', 'Application', 'tell_answer', 'send_reply', 'to_page', 'make_application',
            'make_service', 'run_worker']
 
-# %% ../../nbs/api/serve/06_service.ipynb #59c577ea
+# %% ../../nbs/api/serve/06_service.ipynb #ffaaf000
 import asyncio
 import json
 import logging
@@ -30,7 +30,7 @@ from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
 from .verification import verify_model
 
-# %% ../../nbs/api/serve/06_service.ipynb #0b083cec
+# %% ../../nbs/api/serve/06_service.ipynb #d0db4aa6
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"), (b"x-frame-options", b"DENY")]
 GET, ALWAYS, LOCAL, NEVER = ("GET", "HEAD"), "always", "local", "never"     # when the caller is checked; local: while there is no token
@@ -78,7 +78,7 @@ def to_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = 
     "A value as JSON."
     return Reply(status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), headers=headers or {})
 
-# %% ../../nbs/api/serve/06_service.ipynb #3ea870fe
+# %% ../../nbs/api/serve/06_service.ipynb #1849286c
 class Metrics:
     "Counters for Prometheus; they add up over the workers of a service."
 
@@ -110,7 +110,7 @@ class Metrics:
             MultiProcessCollector(registry, self.shared)
         return Reply(200, self.prometheus.generate_latest(registry), self.prometheus.CONTENT_TYPE_LATEST.encode())
 
-# %% ../../nbs/api/serve/06_service.ipynb #a3e84081
+# %% ../../nbs/api/serve/06_service.ipynb #de57ca86
 class Application:
     "The service as one ASGI callable; it loads its model when it starts, not when it is made."
 
@@ -198,7 +198,7 @@ class Application:
         try: answer = classifier.predict(data)
         finally: self.gate.leave()
         latency = round((perf_counter() - request.begin)*1e3, 3)
-        caller = {name: request.headers.get(f"x-{name}", "")[:120] for name in ("camera", "caller")}
+        caller = {name: request.headers.get(f"x-{name}", "").encode("latin-1").decode("utf-8", "replace")[:120] for name in ("camera", "caller")}
         row = to_row(answer, request_id=request.id, time=request.time, version=self.version, model=self.model, latency_ms=latency, **caller)
         if not self.log.append(row): self.metrics.lost.inc()
         self.metrics.predictions.labels(self.version, answer.label).inc()
@@ -212,7 +212,7 @@ def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
             "scores": dict(zip(classes, scores, strict=True))}
 
-# %% ../../nbs/api/serve/06_service.ipynb #247023e3
+# %% ../../nbs/api/serve/06_service.ipynb #25c49dd2
 async def send_reply(send: Callable, reply: Reply, request: Request, max_bytes: int) -> None:
     "Write a reply; when an upload was refused half-way, let its rest run out."
     headers = [(b"content-type", reply.kind), (b"content-length", str(len(reply.body)).encode()), (b"x-request-id", request.id.encode()), *HEADERS,
@@ -228,7 +228,7 @@ def to_page(page: Page) -> Reply:
     "HTML under its policy."
     return Reply(200, page.body, b"text/html; charset=utf-8", {"content-security-policy": page.policy})
 
-# %% ../../nbs/api/serve/06_service.ipynb #ccb0c038
+# %% ../../nbs/api/serve/06_service.ipynb #a9b2d275
 def make_application(folder: Path) -> Application:
     "The application of a packaged service; settings from its settings.ini and the environment."
     settings, tokens = load_settings(folder).serve, read_tokens()

@@ -7,7 +7,7 @@ __all__ = ['NAME', 'KEPT', 'PATHS', 'EXTERNAL_DATA', 'DATA_LOCATION', 'GRAPH', '
            'read_once', 'check_file', 'parse_manifest', 'parse_card', 'check_graph', 'points_outside', 'walk_tensors',
            'walk_fields', 'read_varint']
 
-# %% ../../nbs/api/serve/01_verification.ipynb #79727f63
+# %% ../../nbs/api/serve/01_verification.ipynb #9399df57
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.errors import BadModel
 
-# %% ../../nbs/api/serve/01_verification.ipynb #55f59ffd
+# %% ../../nbs/api/serve/01_verification.ipynb #05274147
 @dataclass(frozen=True)
 class VerifiedModel:
     "A model whose every file is what its manifest says."
@@ -51,7 +51,10 @@ def verify_model(
     files = parse_manifest(folder/"manifest.json", raw)
     for path in sorted(folder.iterdir()):
         if path.name not in files and path.name != "manifest.json": raise spoilt(path, "the manifest does not name it")
-    kept = {name: data for name, entry in sorted(files.items()) if (data := check_file(folder/name, entry)) and name in KEPT}
+    kept: dict[str, bytes] = {}
+    for name, entry in sorted(files.items()):
+        data = check_file(folder/name, entry)
+        if name in KEPT: kept[name] = data  # the others are let go: weights can be large
     card = parse_card(folder/"model.json", kept["model.json"])
     check_graph(folder/"model.onnx", kept["model.onnx"])
     return VerifiedModel(folder, identity, kept["model.onnx"], card)
@@ -61,14 +64,16 @@ def spoilt(path: Path, why: object) -> BadModel:
     return BadModel(f"a model's file was refused: {path.name}", got=f"{path}: {why}",
                     fix="restore the file (`dvc pull`), or package the version again: cvops run package --force")
 
-# %% ../../nbs/api/serve/01_verification.ipynb #15e1c452
+# %% ../../nbs/api/serve/01_verification.ipynb #281f30f7
 def read_once(path: Path) -> bytes:
     "A plain file's bytes, through no link; `BadModel` otherwise."
-    try: descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try: descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as e: raise spoilt(path, e.strerror) from e
-    with open(descriptor, "rb") as file:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode): raise spoilt(path, "it is not a plain file")
-        return file.read()
+        with open(descriptor, "rb", closefd=False) as file: return file.read()
+    except OSError as e: raise spoilt(path, e.strerror) from e
+    finally: os.close(descriptor)
 
 def check_file(path: Path, entry: Mapping[str, Any]) -> bytes:
     "A file's bytes if size and SHA-256 are the manifest's; `BadModel` otherwise."
@@ -102,7 +107,7 @@ def parse_card(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(temperature, int | float) or not temperature > 0: raise spoilt(path, f"`temperature` must be above 0, not {temperature!r}")
     return card
 
-# %% ../../nbs/api/serve/01_verification.ipynb #7655aba8
+# %% ../../nbs/api/serve/01_verification.ipynb #00fde0a9
 # What leads to a tensor, by message and field number (onnx.proto): field → the message that it holds.
 PATHS = {
     "model": {7: "graph", 25: "function"}, "graph": {1: "node", 5: "tensor", 15: "sparse"}, "function": {7: "node", 11: "attribute"},
