@@ -65,7 +65,7 @@ SAMPLE_COLUMNS = {
     "split": "str",         # train, val, test; `none` for a sample that is set aside
 }
 
-# %% ../../nbs/api/core/04_records.ipynb #8af1a892
+# %% ../../nbs/api/core/04_records.ipynb #3c212cb3
 @dataclass(frozen=True)
 class Batch(Record):
     "Images that were taken in."
@@ -100,6 +100,7 @@ class View(Record):
     count: int
     tags: dict[str, int] = field(default_factory=dict)
 
+# %% ../../nbs/api/core/04_records.ipynb #2fefe7be
 @dataclass(frozen=True)
 class Snapshot(Record):
     "A version of the data."
@@ -130,6 +131,7 @@ class Candidate(Record):
     seconds: float = field(default=0., compare=False)
     tracking: str = ""          # MLflow run id, where it was logged
 
+# %% ../../nbs/api/core/04_records.ipynb #b7ad0181
 @dataclass(frozen=True)
 class Evaluation(Record):
     "A candidate's numbers on a test split."
@@ -168,6 +170,7 @@ class Bento(Record):
     manifest_sha256: str
     alias: str = ""
 
+# %% ../../nbs/api/core/04_records.ipynb #b382789b
 @dataclass(frozen=True)
 class Rehearsal(Record):
     "A packaged service that was started and asked real photographs over HTTP."

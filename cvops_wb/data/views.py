@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'NUMBERS', 'POLICY', 'find_mongod', 'open_database', 'listens', 'list_environment', 'import_fiftyone',
-           'open_fiftyone', 'ViewSpec', 'describe_samples', 'list_views', 'index_samples', 'find_marker',
+           'open_fiftyone', 'ViewSpec', 'describe_samples', 'list_views', 'index_samples', 'run_builder', 'find_marker',
            'build_dataset', 'guard', 'is_allowed', 'run_server', 'serving_app', 'open_app']
 
-# %% ../../nbs/api/data/16_views.ipynb #8c8848f0
+# %% ../../nbs/api/data/16_views.ipynb #c36e5bcd
 import fcntl
 import gc
+import json
 import os
 import re
 import shutil
@@ -28,14 +29,15 @@ import pandas as pd
 
 from ..core.errors import BadInput, MissingTool, ToolFailed, needs
 from ..core.files import dump_json, write_atomic
-from ..core.processes import QUIET, answers, claim_port, free_port, running, wait_until
+from ..core.places import locate
+from ..core.processes import QUIET, answers, call, claim_port, free_port, running, wait_until
 from ..core.records import Selection, View
 from ..core.settings import Settings, load_settings
 from .quality import measure_oddness
 from .splits import SPLITS
 from .store import Store, read_samples
 
-# %% ../../nbs/api/data/16_views.ipynb #18532705
+# %% ../../nbs/api/data/16_views.ipynb #803372ba
 def find_mongod() -> Path:
     "The program mongod: the wheel's beside FiftyOne, or one on the PATH. FiftyOne is not imported."
     package = find_spec("fiftyone")
@@ -57,7 +59,7 @@ def open_database(settings: Settings) -> Iterator[str]:
         else:
             with _start(settings, folder) as address: yield address
 
-# %% ../../nbs/api/data/16_views.ipynb #7c2cd562
+# %% ../../nbs/api/data/16_views.ipynb #062ed296
 @contextmanager
 def _start(settings: Settings, folder: Path) -> Iterator[str]:
     port, log, note = free_port(), settings.cache/"mongo.log", settings.cache/"mongo.port"
@@ -71,11 +73,11 @@ def _start(settings: Settings, folder: Path) -> Iterator[str]:
         try: yield f"mongodb://127.0.0.1:{port}"
         finally: note.unlink(missing_ok=True)
 
-# %% ../../nbs/api/data/16_views.ipynb #46f74d02
+# %% ../../nbs/api/data/16_views.ipynb #00675a1d
 def _is_free(path: Path) -> bool:
     if not path.is_file(): return True
     with open(path, "r+b") as file:     # closing it lets go of the lock again
-        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: return False
     return True
 
@@ -90,7 +92,7 @@ def listens(port: int) -> bool:
     except OSError: return False
     return True
 
-# %% ../../nbs/api/data/16_views.ipynb #1f66bee4
+# %% ../../nbs/api/data/16_views.ipynb #e38efbf9
 FOLDERS = ("DATABASE_DIR", "DEFAULT_DATASET_DIR", "PLUGINS_DIR", "MODEL_ZOO_DIR", "DATASET_ZOO_DIR", "OPERATORS_DIR")
 
 def list_environment(settings: Settings, address: str) -> dict[str, str]:
@@ -109,7 +111,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items(): os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
-# %% ../../nbs/api/data/16_views.ipynb #87ae93b1
+# %% ../../nbs/api/data/16_views.ipynb #c0fb49cb
 def import_fiftyone() -> Any:
     "FiftyOne's module; imported without Databricks and without looking for garbage."
     if "fiftyone" in sys.modules: return sys.modules["fiftyone"]
@@ -123,24 +125,31 @@ def import_fiftyone() -> Any:
         if collects: gc.enable()
     return fiftyone
 
-# %% ../../nbs/api/data/16_views.ipynb #bf342287
+# %% ../../nbs/api/data/16_views.ipynb #aae53a2f
 @contextmanager
 def open_fiftyone(settings: Settings | None = None) -> Iterator[Any]:
     "FiftyOne, connected to this workbench's database as long as the block runs."
     settings = settings or load_settings()
     with open_database(settings) as address, _environment(list_environment(settings, address)):
         fiftyone = import_fiftyone()
-        from fiftyone.core.odm import database
         config = fiftyone.config
         before, config.database_uri = config.database_uri, address
         config.show_progress_bars, config.database_validation = False, bool(settings.fiftyone.database)
-        database._disconnect()
+        _forget_connection()
         try: yield fiftyone
         finally:
-            database._disconnect()  # else the next call waits half a minute for a database that is gone
+            _forget_connection()
             config.database_uri = before if before != address else None
 
-# %% ../../nbs/api/data/16_views.ipynb #75e0b1eb
+def _forget_connection() -> None:
+    # Else the next call waits half a minute for a database that is gone.
+    from fiftyone.core.odm import database
+    from fiftyone.factory import repo_factory
+    database._disconnect()
+    repo_factory._db = None
+    repo_factory.RepositoryFactory.repos.clear()
+
+# %% ../../nbs/api/data/16_views.ipynb #10cec3fc
 @dataclass(frozen=True)
 class ViewSpec:
     "How the data set is called."
@@ -170,7 +179,7 @@ def list_views(dataset: Any, fields: Any) -> dict[str, Any]:
         "leaks": dataset.match_tags("leak"),
     }
 
-# %% ../../nbs/api/data/16_views.ipynb #3cb05b86
+# %% ../../nbs/api/data/16_views.ipynb #d1536d3b
 def index_samples(
     selection: Selection,
     spec: ViewSpec,
@@ -179,15 +188,27 @@ def index_samples(
     "Make the FiftyOne data set of a selection anew."
     settings = load_settings()
     name = spec.dataset or settings.workbench.name
-    table = read_samples(selection.samples, settings)
-    if table.empty: raise BadInput("there is no sample to show", got=selection.samples, fix="run `cvops ingest` and `cvops curate`")
-    with open_fiftyone(settings) as fiftyone:
-        dataset = build_dataset(fiftyone, name, list(describe_samples(table, _find_files(settings, table))))
-        count, tags = dataset.count(), {tag: int(number) for tag, number in sorted(dataset.count_sample_tags().items())}
-    marker = {"dataset": name, "count": count, "samples": selection.samples, "table_sha256": selection.table_sha256}
+    samples = locate(selection.samples, settings.root)
+    if not find_spec("fiftyone"): raise _no_fiftyone()
+    with open_database(settings) as address:
+        told = call([sys.executable, "-c", _BUILDER, samples, name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))
+    found = json.loads(told.splitlines()[-1])
+    marker = {"dataset": name, "count": found["count"], "samples": selection.samples, "table_sha256": selection.table_sha256}
     write_atomic(find_marker(settings, name), dump_json(marker))
-    return View(Path(selection.samples).parent.name, name, count, tags)
+    return View(Path(selection.samples).parent.name, name, **found)
 
+_BUILDER = "import sys; from cvops_wb.data.views import run_builder; run_builder(sys.argv[1], sys.argv[2])"
+
+def run_builder(samples: str, name: str) -> None:
+    "Build a data set in the database that the environment names, and print what is in it; for a process of its own."
+    settings, table = load_settings(), read_samples(samples)
+    dataset = build_dataset(import_fiftyone(), name, list(describe_samples(table, _find_files(settings, table))))
+    print(json.dumps({"count": dataset.count(), "tags": dict(sorted(dataset.count_sample_tags().items()))}))
+
+def _no_fiftyone() -> MissingTool:
+    return MissingTool("this step needs the package 'fiftyone', which is not installed", fix='pip install "cvops-wb[curate]"')
+
+# %% ../../nbs/api/data/16_views.ipynb #571fa7d7
 def find_marker(settings: Settings, dataset: str) -> Path:
     "The file that says that a data set was indexed; it lies in the cache, as the index does."
     return settings.cache/"fiftyone"/f"{dataset}.json"
@@ -196,7 +217,7 @@ def _find_files(settings: Settings, table: pd.DataFrame) -> list[Path]:
     store = Store(settings)
     return [(store.blobs/sha256[:2]/f"{sha256}{ext}").absolute() for sha256, ext in zip(table["sha256"], table["ext"])]
 
-# %% ../../nbs/api/data/16_views.ipynb #b7645bfa
+# %% ../../nbs/api/data/16_views.ipynb #5e38bc49
 def build_dataset(fiftyone: Any, name: str, facts: list[dict[str, Any]]) -> Any:
     "A persistent data set of that name with these samples, in place of the one before."
     draft = f"{name}-building"
@@ -222,7 +243,7 @@ def _arrange_sidebar(fiftyone: Any) -> list[Any]:
     groups = {"tags": [], "labels": ["label"], "curation": curation, "quality": list(NUMBERS), "origin": origin, "metadata": metadata}
     return [fiftyone.SidebarGroupDocument(name=name, paths=paths, expanded=name in ("tags", "labels", "curation")) for name, paths in groups.items()]
 
-# %% ../../nbs/api/data/16_views.ipynb #01f92cdf
+# %% ../../nbs/api/data/16_views.ipynb #2c9f7337
 POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob: ws://127.0.0.1:* ws://localhost:*; "
           "frame-ancestors 'self'")
 
@@ -243,7 +264,7 @@ def guard(
         await app(scope, receive, send_policy)
     return guarded
 
-# %% ../../nbs/api/data/16_views.ipynb #8a6dac26
+# %% ../../nbs/api/data/16_views.ipynb #c67b3a18
 def is_allowed(scope: Mapping[str, Any], folder: Path) -> bool:
     "Whether a request names the loopback, and a file within the folder if it names one."
     headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
@@ -265,7 +286,7 @@ def run_server(port: int, folder: str) -> None:
     main.app = guard(main.app, Path(folder))
     main.start_server(port=port, address="127.0.0.1")
 
-# %% ../../nbs/api/data/16_views.ipynb #faf26af5
+# %% ../../nbs/api/data/16_views.ipynb #b39486cc
 @contextmanager
 def serving_app(
     view: View,
@@ -277,8 +298,7 @@ def serving_app(
     port = claim_port(port or settings.fiftyone.port, "[fiftyone] port in settings.ini, or CVOPS_FIFTYONE_PORT")
     if not find_marker(settings, view.dataset).is_file():
         raise BadInput("this data set is not in the cache any more", got=view.dataset, fix="run `cvops curate --app` again: it is rebuilt")
-    if not find_spec("fiftyone"):
-        raise MissingTool("this step needs the package 'fiftyone', which is not installed", fix='pip install "cvops-wb[curate]"')
+    if not find_spec("fiftyone"): raise _no_fiftyone()
     program = "import sys; from cvops_wb.data.views import run_server; run_server(int(sys.argv[1]), sys.argv[2])"
     log = settings.cache/"fiftyone"/"app.log"
     log.unlink(missing_ok=True)

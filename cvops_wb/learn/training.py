@@ -161,7 +161,9 @@ def gather(settings: Settings, task: Any, snapshot: Snapshot, recipe: FitSpec) -
     return Material(task, snapshot, to_tensor(large.take(rows["id"])), targets, name_finer(rows),
                     held, to_tensor(exact.take(held["id"])), held_targets)
 
-def count_parameters(network: Any) -> int: return sum(p.numel() for p in network.parameters())
+def count_parameters(network: Any) -> int:
+    "Numbers that training changes."
+    return sum(p.numel() for p in network.parameters())
 
 def to_tensor(images: np.ndarray) -> torch.Tensor:
     "uint8 (N, S, S, 3) as (N, 3, S, S)."

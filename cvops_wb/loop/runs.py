@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESCRIPTIONS', 'list_runs', 'find_run', 'name_record', 'find_log', 'describe_record', 'Run', 'open_run', 'Summary']
 
-# %% ../../nbs/api/loop/03_runs.ipynb #48ed113d
+# %% ../../nbs/api/loop/03_runs.ipynb #77162a5f
 import json
 import os
 import re
@@ -24,10 +24,10 @@ from ..core.places import name_final
 from ..core.processes import call, hush
 from ..core.records import Envelope, Record, read_envelope
 from ..core.settings import Settings, load_settings
-from .keys import make_key
+from .keys import identify, make_key
 from .stages import KINDS, check_parameters, find_stage
 
-# %% ../../nbs/api/loop/03_runs.ipynb #ad296188
+# %% ../../nbs/api/loop/03_runs.ipynb #4ddb032b
 def list_runs(settings: Settings, stage: str = "") -> list[Path]:
     "Folders of finished runs, of one stage or of all, newest first."
     shape = re.compile(rf"{re.escape(stage) if stage else '.+'}-([0-9a-f]{{10}}|by-hand)")
@@ -55,7 +55,7 @@ def name_record(record: Record) -> set[str]:
     names = {str(getattr(record, name)) for name in ("id", "tag", "version", "alias", "dataset") if getattr(record, name, "")}
     return names | {f"{record.name}:{record.version}"} if hasattr(record, "rules") else names
 
-# %% ../../nbs/api/loop/03_runs.ipynb #a8d0fd06
+# %% ../../nbs/api/loop/03_runs.ipynb #7e6ca157
 def _find_newest(runs: list[Path], kind: str, stage: str) -> Envelope:
     if not runs: raise BadRecord(f"there is no {kind} yet", fix=f"run `cvops {stage}` first" if kind in KINDS else f"run `cvops run {stage}` first")
     if kind != "version": return read_envelope(runs[0])
@@ -70,7 +70,7 @@ def _check_kind(envelope: Envelope, kind: str) -> Envelope:
     if wanted: return envelope
     raise WrongUsage(f"this run made no {kind}", got=f"{envelope.run} made a {type(envelope.record).__name__}", fix=f"name a run of `{stage}`")
 
-# %% ../../nbs/api/loop/03_runs.ipynb #cdcad193
+# %% ../../nbs/api/loop/03_runs.ipynb #edf2ef87
 def find_log(settings: Settings, value: str = "") -> str:
     "The folder of a prediction log, relative to the workbench: as given, else the live service's, else the newest rehearsal's."
     if value: return value
@@ -79,7 +79,7 @@ def find_log(settings: Settings, value: str = "") -> str:
     if list_runs(settings, "rehearse"): return find_run(settings, "rehearsal").record.log
     raise BadRecord("nothing has been predicted yet", fix="run `cvops rehearse`, or `cvops serve` and send it images")
 
-# %% ../../nbs/api/loop/03_runs.ipynb #6c4db041
+# %% ../../nbs/api/loop/03_runs.ipynb #c02f8315
 def _describe_evaluation(r: Any) -> str:
     metric = next(iter(r.intervals), next(iter(r.metrics), ""))
     interval = " [{:.3f}, {:.3f}]".format(*r.intervals[metric]) if metric in r.intervals else ""
@@ -104,7 +104,7 @@ def _describe_selection(r: Any) -> str:
     splits = ", ".join(f"{name} {count:,}" for name, count in r.splits.items() if name != "none")
     return f"{r.count:,} images ({splits}), {r.set_aside:,} set aside, split {r.strategy}"
 
-# %% ../../nbs/api/loop/03_runs.ipynb #adb8a076
+# %% ../../nbs/api/loop/03_runs.ipynb #b3b8f51f
 def _describe_candidate(r: Any) -> str:
     metric = next((name for name in ("accuracy", *r.metrics) if name in r.metrics), "")
     return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}" if metric else "")
@@ -127,7 +127,7 @@ def describe_record(record: Record) -> str:
     say = DESCRIPTIONS.get(type(record).__name__)
     return say(record) if say else type(record).__name__
 
-# %% ../../nbs/api/loop/03_runs.ipynb #6f305c62
+# %% ../../nbs/api/loop/03_runs.ipynb #67ef126e
 @dataclass
 class Run:
     "A run that is going on."
@@ -142,7 +142,7 @@ class Run:
     def load(self, kind: str, value: str = "") -> Record:
         "A record to start from: the newest of its kind, or the one that `value` names."
         envelope = find_run(self.settings, kind, value)
-        self.inputs[kind], self.digests[kind] = envelope.run, envelope.record.digest
+        self.inputs[kind], self.digests[kind] = envelope.run, identify(envelope)
         return envelope.record
 
     def find_log(self, value: str = "") -> str:
@@ -167,7 +167,7 @@ class Run:
         write_atomic(self.out/"record.json", dump_json(envelope.to_dict()))
         return Summary(envelope)
 
-# %% ../../nbs/api/loop/03_runs.ipynb #faa8eb72
+# %% ../../nbs/api/loop/03_runs.ipynb #a653211b
 def open_run(
     stage: str,     # "train"
     out: str = "",  # the notebook's parameter; empty when a person runs it
@@ -187,7 +187,7 @@ def open_run(
     _prepare_notebook(path)
     return Run(stage, settings, path, context)
 
-# %% ../../nbs/api/loop/03_runs.ipynb #e6813d1a
+# %% ../../nbs/api/loop/03_runs.ipynb #552488b6
 def _find_outputs(root: Path, record: Record) -> Iterator[Path]:
     values = [v for name, value in vars(record).items() if name not in ("source", "log") for v in (value if isinstance(value, list) else [value])]
     for value in values:
@@ -210,7 +210,7 @@ def _read_origin(root: Path, context: dict[str, Any]) -> dict[str, Any]:
     facts = {name: fact for name, fact in context["facts"].items() if name not in ("stage", "parameters")}
     return {"lock": hash_file(lock) if lock.is_file() else "", "git": git, **facts, "seed": context["parameters"].get("seed")}
 
-# %% ../../nbs/api/loop/03_runs.ipynb #0453b555
+# %% ../../nbs/api/loop/03_runs.ipynb #bcfe2fe2
 def _notebook_values() -> dict[str, Any]:
     shell = _find_shell()
     return shell.user_ns if shell else {}
@@ -231,7 +231,7 @@ def _prepare_notebook(out: Path) -> None:
         (out/".error.json").write_text(json.dumps(told, default=str))
     shell.events.register("post_run_cell", tell)
 
-# %% ../../nbs/api/loop/03_runs.ipynb #e3ff6110
+# %% ../../nbs/api/loop/03_runs.ipynb #f865c78f
 @dataclass(frozen=True)
 class Summary:
     "A finished run, for the eye."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CallFailed', 'Client', 'to_bytes']
 
-# %% ../../nbs/api/serve/09_clients.ipynb #50b65b25
+# %% ../../nbs/api/serve/09_clients.ipynb #81c138b6
 import io
 import os
 import re
@@ -14,7 +14,7 @@ from typing import Any
 
 from ..core.errors import CvopsError, needs
 
-# %% ../../nbs/api/serve/09_clients.ipynb #d96ee242
+# %% ../../nbs/api/serve/09_clients.ipynb #7fcd87bf
 class CallFailed(CvopsError):
     "The service refused, or does not answer."
 
@@ -22,6 +22,7 @@ class CallFailed(CvopsError):
         super().__init__(what, got, fix)
         self.status, self.reason = status, reason   # HTTP status, 0 if there was no reply; the reason code
 
+# %% ../../nbs/api/serve/09_clients.ipynb #15d4cc51
 class Client:
     "Asks a service over HTTP; keeps its connection. Several threads may use one."
 
@@ -56,12 +57,14 @@ class Client:
         "The JSON of a reply; `CallFailed` otherwise."
         import httpx
         try: reply = self.http.request(verb, path, **options)
-        except httpx.HTTPError as e: raise CallFailed("the service does not answer", got=f"{self.url}: {e!r}", fix="start it with `cvops serve`") from e
+        except httpx.HTTPError as e:
+            raise CallFailed("the service does not answer", got=f"{self.url}: {e!r}",
+                             fix="start it with `cvops serve`") from e
         try: said = reply.json()
         except ValueError: said = {}
         if reply.is_success: return said
-        raise CallFailed(f"the service refused: {said.get('error', reply.reason_phrase)}", f"{reply.status_code} {said.get('reason', '')}".strip(), said.get("fix"),
-                         reply.status_code, said.get("reason", ""))
+        what, reason = said.get("error", reply.reason_phrase), said.get("reason", "")
+        raise CallFailed(f"the service refused: {what}", f"{reply.status_code} {reason}".strip(), said.get("fix"), reply.status_code, reason)
 
     def close(self) -> None:
         "Let go of the connection."
@@ -70,6 +73,7 @@ class Client:
     def __enter__(self) -> "Client": return self
     def __exit__(self, *error: object) -> None: self.close()
 
+# %% ../../nbs/api/serve/09_clients.ipynb #2ba0f452
 def to_bytes(image: Any) -> bytes:
     "The bytes of a file, of the file at a path, or of a Pillow image as PNG."
     if isinstance(image, bytes | bytearray | memoryview): return bytes(image)

@@ -7,7 +7,7 @@ __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'ENVELOPE', 'READ_SECONDS', 'Receive', '
            'too_large', 'check_length', 'read_body', 'split_type', 'find_file', 'Parts', 'read_tokens', 'check_host',
            'is_loopback', 'check_caller', 'Gate']
 
-# %% ../../nbs/api/serve/03_limits.ipynb #c381cb64
+# %% ../../nbs/api/serve/03_limits.ipynb #10f6c8c3
 import asyncio
 import hmac
 import os
@@ -22,7 +22,7 @@ from typing import Any
 from ..core.errors import BadImage, CvopsError, WrongUsage, needs
 from ..core.files import human_size
 
-# %% ../../nbs/api/serve/03_limits.ipynb #e626c1d1
+# %% ../../nbs/api/serve/03_limits.ipynb #cba83a57
 class BadRequest(CvopsError):
     "A request that is answered with a 4xx: status, reason code, way out."
 
@@ -37,7 +37,7 @@ def explain(error: BadRequest | BadImage) -> tuple[int, dict[str, Any], dict[str
     status = error.status if isinstance(error, BadRequest) else IMAGE_STATUS.get(error.reason, 422)
     return status, {"error": error.what, "reason": error.reason, "fix": error.fix}, getattr(error, "headers", {})
 
-# %% ../../nbs/api/serve/03_limits.ipynb #9204bcdc
+# %% ../../nbs/api/serve/03_limits.ipynb #b256d742
 RAW_TYPES = frozenset({"image/jpeg", "image/jpg", "image/png", "image/webp", "application/octet-stream"})
 ENVELOPE = 16_384           # bytes that a multipart body may have around its file
 READ_SECONDS = 15.          # that an upload may take
@@ -66,6 +66,7 @@ async def read_upload(
     if len(data) > max_bytes: raise too_large(max_bytes)
     return data
 
+# %% ../../nbs/api/serve/03_limits.ipynb #0606f23c
 def too_large(max_bytes: int) -> BadRequest:
     "The refusal of an upload beyond the limit."
     return BadRequest(413, "too_large", f"the upload is larger than {human_size(max_bytes)}",
@@ -92,7 +93,7 @@ def split_type(text: str) -> tuple[str, dict[str, str]]:
     pairs = (part.partition("=") for part in rest)
     return kind.strip().lower(), {name.strip().lower(): value.strip().strip('"') for name, _, value in pairs}
 
-# %% ../../nbs/api/serve/03_limits.ipynb #91ccdbcc
+# %% ../../nbs/api/serve/03_limits.ipynb #024da924
 def find_file(body: bytes, boundary: str) -> bytes:
     "The content of the first file in a multipart body; `BadRequest` if it has none."
     if not boundary or len(boundary) > 200 or not boundary.isascii():
@@ -137,7 +138,7 @@ class Parts:
         "More of the part's content."
         if self.open: self.file += data[start:end]
 
-# %% ../../nbs/api/serve/03_limits.ipynb #a4a8875b
+# %% ../../nbs/api/serve/03_limits.ipynb #3fb6ce1c
 def read_tokens(environment: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     "The tokens that are accepted; none if there is no token set."
     text, file = environment.get("CVOPS_TOKEN", ""), environment.get("CVOPS_TOKEN_FILE", "")
@@ -167,6 +168,7 @@ def is_loopback(address: str) -> bool:
     try: return ip_address(address.split("%")[0].strip("[]")).is_loopback
     except ValueError: return address == "localhost"
 
+# %% ../../nbs/api/serve/03_limits.ipynb #f56d07b1
 def check_caller(
     headers: Mapping[str, str],         # names in lower case
     client: str,                        # address of the caller
@@ -184,7 +186,7 @@ def check_caller(
     if origin and origin.partition("://")[2] != host:
         raise BadRequest(403, "other_origin", "a page of another site may not ask", "open the page of this service")
 
-# %% ../../nbs/api/serve/03_limits.ipynb #0f8977a5
+# %% ../../nbs/api/serve/03_limits.ipynb #482bc791
 class Gate:
     "So many at once, and no more."
 

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'VECTORS', 'LINES', 'to_row', 'pack', 'unpack', 'PredictionLog', 'compact_predictions', 'compact_segment',
            'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'read_segment', 'tell_time']
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #16d98e04
+# %% ../../nbs/api/serve/04_predictions.ipynb #ba576e62
 import base64
 import fcntl
 import io
@@ -26,7 +26,7 @@ from .inference import Answer
 
 if TYPE_CHECKING: import pandas as pd     # a worker writes, and needs neither pandas nor pyarrow
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #db6b90e1
+# %% ../../nbs/api/serve/04_predictions.ipynb #ff008726
 COLUMNS = {
     "request_id": "text", "time": "text",                           # ISO 8601, UTC, milliseconds
     "version": "int64", "model": "text",                            # number in the registry; first 16 digits of the manifest's SHA-256
@@ -51,7 +51,7 @@ def unpack(text: str) -> np.ndarray:
     "The vector, float32."
     return np.frombuffer(base64.b64decode(text), "<f4")
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #5f105d27
+# %% ../../nbs/api/serve/04_predictions.ipynb #ad1d4e81
 LINES = 5_000           # of one segment
 
 class PredictionLog:
@@ -94,7 +94,7 @@ class PredictionLog:
         "Let go of the segment."
         os.close(self.file)
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #9f91f520
+# %% ../../nbs/api/serve/04_predictions.ipynb #76353e01
 def compact_predictions(folder: Path | str) -> int:
     "Turn every finished segment into Parquet; returns how many."
     return sum(compact_segment(path) for path in sorted(Path(folder).glob("*.jsonl")))
@@ -138,7 +138,7 @@ def to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
     pq.write_table(to_table(rows), out, compression="zstd")
     return out.getvalue()
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #012a648f
+# %% ../../nbs/api/serve/04_predictions.ipynb #c99c8135
 def read_predictions(
     folder: Path | str,             # of the log
     newest: int | None = None,      # rows at most, the newest; all if not given
@@ -170,7 +170,9 @@ def read_segment(stem: Path) -> Any:
     for _ in range(2):      # it may be compacted while we look
         try: return pq.read_table(table) if table.exists() else to_table(parse_lines(lines.read_bytes()))
         except FileNotFoundError: continue
-        except pa.ArrowInvalid as e: raise BadRecord("a segment of the prediction log is damaged", got=f"{table}: {e}", fix="move the file away") from e
+        except pa.ArrowInvalid as e:
+            raise BadRecord("a segment of the prediction log is damaged", got=f"{table}: {e}",
+                            fix="move the file away") from e
     return to_table([])
 
 def tell_time(seconds: float | None = None) -> str:

@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'RIGHT', 'WRONG', 'UNKNOWN', 'RehearseSpec', 'Shot', 'reh
            'list_folder', 'make_traffic_folder', 'ask_all', 'ask_one', 'send_hostile', 'draw_sheet', 'draw_answers',
            'draw_latency']
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #4a8d91d9
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #922e4e15
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ from .clients import CallFailed, Client
 from .launching import service_running
 from .predictions import compact_predictions
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #affad7c9
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #c6679d84
 @dataclass(frozen=True)
 class RehearseSpec:
     "What a service is asked before it goes live."
@@ -62,23 +62,32 @@ def rehearse(
     compact_predictions(out/"predictions")
     table = pd.DataFrame([{name: value for name, value in answer.items() if name != "whole"} for answer in answers])
     good, known = table[table.status == 200], table[(table.status == 200) & (table.truth != "")]
-    if good.empty: raise ToolFailed("the service answered no photograph", got=f"{table.status[0]} {table.reason[0]}", fix=f"look at {out/'service.log'}")
+    if good.empty:
+        raise ToolFailed("the service answered no photograph", got=f"{table.status[0]} {table.reason[0]}",
+                         fix=f"look at {out/'service.log'}")
     table.to_parquet(out/"answers.parquet", index=False)
     write_picture(out/"answers.png", draw_sheet(shots, table))
     p50, p99 = np.percentile(good.latency_ms, [50, 99]).round(2).tolist()
     accuracy = round(float((known.label == known.truth).mean()), 4) if len(known) else None
-    return Rehearsal(bento.tag, len(table), len(table) - len(good), accuracy, p50, p99, round(service.ready_s, 2), name_final(out/"predictions", settings.root), answers[good.index[0]]["whole"])
+    return Rehearsal(bento.tag, len(table), len(table) - len(good), accuracy, p50, p99, round(service.ready_s, 2),
+                     name_final(out/"predictions", settings.root), answers[good.index[0]]["whole"])
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #e1ddaf05
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #49dc3106
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def find_shots(settings: Settings, snapshot: Snapshot | None, spec: RehearseSpec) -> list[Shot]:
     "The photographs to ask; `BadInput` if there are none."
-    if spec.requests < 1 or spec.clients < 1: raise WrongUsage("a rehearsal needs a request and a client", got=f"requests {spec.requests}, clients {spec.clients}", fix="give at least 1 of each")
-    if not spec.photos and snapshot is None: raise WrongUsage("there is nothing to rehearse with", fix="name a snapshot, or a folder: photos=path/to/images")
+    if spec.requests < 1 or spec.clients < 1:
+        raise WrongUsage("a rehearsal needs a request and a client", got=f"requests {spec.requests}, clients {spec.clients}",
+                         fix="give at least 1 of each")
+    if not spec.photos and snapshot is None:
+        raise WrongUsage("there is nothing to rehearse with",
+                         fix="name a snapshot, or a folder: photos=path/to/images")
     if spec.photos: shots = list_folder(make_traffic_folder(settings, spec.requests) if spec.photos == "traffic" else settings.root/spec.photos)
     else: shots = list_held_out(snapshot, spec.requests)
-    if not shots: raise BadInput("there is no photograph to rehearse with", got=spec.photos or "a snapshot without a test or validation split", fix="name a folder with JPEG, PNG or WebP files")
+    if not shots:
+        raise BadInput("there is no photograph to rehearse with", got=spec.photos or "a snapshot without a test or validation split",
+                       fix="name a folder with JPEG, PNG or WebP files")
     return shots[:spec.requests]
 
 def list_held_out(snapshot: Snapshot, most: int) -> list[Shot]:
@@ -89,12 +98,15 @@ def list_held_out(snapshot: Snapshot, most: int) -> list[Shot]:
     chosen = rows.sample(min(most, len(rows)), random_state=0)
     return [Shot(row.id + row.ext, lambda id=row.id: reader.read(id), row.label, row.camera or "") for row in chosen.itertuples()]
 
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #fe7b346b
 def list_folder(folder: Path) -> list[Shot]:
     "The photographs of a folder in the order of their names, with the truth where `truth.csv` has it."
     if not folder.is_dir(): raise BadInput("there is no such folder", got=folder, fix="name a folder of photographs")
     table = folder/"truth.csv"
     try: truth = pd.read_csv(table, dtype=str, keep_default_na=False).set_index("file").to_dict("index") if table.is_file() else {}
-    except (ValueError, KeyError) as e: raise BadInput("the truth of these photographs cannot be read", got=f"{table}: {e}", fix="give it the columns file and sku, and perhaps camera") from e
+    except (ValueError, KeyError) as e:
+        raise BadInput("the truth of these photographs cannot be read", got=f"{table}: {e}",
+                       fix="give it the columns file and sku, and perhaps camera") from e
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES]
     return [Shot(name, (folder/name).read_bytes, truth.get(name, {}).get("sku", ""), truth.get(name, {}).get("camera", "")) for name in names]
 
@@ -110,7 +122,7 @@ def make_traffic_folder(settings: Settings, count: int) -> Path:
         part.rename(folder)
     return folder
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #3d956fbc
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #2886bf65
 def ask_all(client: Client, shots: Sequence[Shot], clients: int) -> list[dict[str, Any]]:
     "One row for each photograph, in their order: what was answered, and how long it took."
     with ThreadPoolExecutor(clients, "ask") as pool:
@@ -118,11 +130,13 @@ def ask_all(client: Client, shots: Sequence[Shot], clients: int) -> list[dict[st
 
 def ask_one(client: Client, shot: Shot) -> dict[str, Any]:
     "One photograph; a refusal is a row too."
-    data, row = shot.read(), {"name": shot.name, "camera": shot.camera, "truth": shot.truth, "status": 200, "reason": "", "label": "", "confidence": 0., "request_id": "", "whole": {}}
-    begin = perf_counter()
+    row = {"name": shot.name, "camera": shot.camera, "truth": shot.truth, "status": 200, "reason": "", "label": "", "confidence": 0.,
+           "request_id": "", "whole": {}}
+    data, begin = shot.read(), perf_counter()
     try: whole = client.predict(data, camera=shot.camera, caller="rehearsal")
     except CallFailed as e: return {**row, "status": e.status, "reason": e.reason, "latency_ms": (perf_counter() - begin)*1e3}
-    return {**row, "latency_ms": (perf_counter() - begin)*1e3, "label": whole["label"], "confidence": whole["confidence"], "request_id": whole["request_id"], "whole": whole}
+    said = {name: whole[name] for name in ("label", "confidence", "request_id")}
+    return {**row, **said, "latency_ms": (perf_counter() - begin)*1e3, "whole": whole}
 
 def send_hostile(
     client: Client,
@@ -130,15 +144,18 @@ def send_hostile(
     max_bytes: int,
 ) -> dict[str, str]:
     "Three uploads that must be refused: name → status and reason; `ToolFailed` if one is not, by a 4xx."
-    uploads = {"text called a photograph": b"This is no photograph. "*40, "half a photograph": photograph[:len(photograph)//2], "more than the limit": bytes(max_bytes + 1)}
+    uploads = {"text called a photograph": b"This is no photograph. "*40, "half a photograph": photograph[:len(photograph)//2],
+               "more than the limit": bytes(max_bytes + 1)}
     said = {}
     for name, data in uploads.items():
         try: client.predict(data, caller="hostile")
         except CallFailed as e: said[name] = f"{e.status} {e.reason}"
-        if not said.get(name, "").startswith("4"): raise ToolFailed("the service did not refuse a hostile upload as it should", got=f"{name}: {said.get(name, 'it was answered')}", fix="do not let it go live; tell us")
+        if not said.get(name, "").startswith("4"):
+            raise ToolFailed("the service did not refuse a hostile upload as it should", got=f"{name}: {said.get(name, 'it was answered')}",
+                             fix="do not let it go live; tell us")
     return said
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #65842dc7
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #03112ccb
 RIGHT, WRONG, UNKNOWN = COLOURS[2], COLOURS[3], "#57606a"
 
 def draw_sheet(shots: Sequence[Shot], table: pd.DataFrame, most: int = 24) -> Image.Image:
@@ -169,5 +186,6 @@ def draw_latency(rehearsal: Rehearsal) -> Any:
     for value, name in ((rehearsal.p50_ms, "half within"), (rehearsal.p99_ms, "99 % within")):
         axes.axvline(value, color=COLOURS[3], linewidth=1)
         axes.text(value, axes.get_ylim()[1]*.96, f" {name} {value:.1f} ms", color=COLOURS[3], fontsize=8, va="top")
-    axes.set(title=f"{len(waits)} answers, {rehearsal.failed} without one; ready after {rehearsal.ready_s:.1f} s", xlabel="milliseconds at the caller", ylabel="answers")
+    axes.set(title=f"{len(waits)} answers, {rehearsal.failed} without one; ready after {rehearsal.ready_s:.1f} s",
+             xlabel="milliseconds at the caller", ylabel="answers")
     return figure

@@ -7,7 +7,7 @@ __all__ = ['NAME', 'KEPT', 'PATHS', 'EXTERNAL_DATA', 'DATA_LOCATION', 'GRAPH', '
            'read_once', 'check_file', 'parse_manifest', 'parse_card', 'check_graph', 'points_outside', 'walk_tensors',
            'walk_fields', 'read_varint']
 
-# %% ../../nbs/api/serve/01_verification.ipynb #9399df57
+# %% ../../nbs/api/serve/01_verification.ipynb #c41352eb
 import hashlib
 import json
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..core.errors import BadModel
 
-# %% ../../nbs/api/serve/01_verification.ipynb #05274147
+# %% ../../nbs/api/serve/01_verification.ipynb #872f1c03
 @dataclass(frozen=True)
 class VerifiedModel:
     "A model whose every file is what its manifest says."
@@ -64,7 +64,7 @@ def spoilt(path: Path, why: object) -> BadModel:
     return BadModel(f"a model's file was refused: {path.name}", got=f"{path}: {why}",
                     fix="restore the file (`dvc pull`), or package the version again: cvops run package --force")
 
-# %% ../../nbs/api/serve/01_verification.ipynb #281f30f7
+# %% ../../nbs/api/serve/01_verification.ipynb #3768f033
 def read_once(path: Path) -> bytes:
     "A plain file's bytes, through no link; `BadModel` otherwise."
     try: descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -107,7 +107,7 @@ def parse_card(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(temperature, int | float) or not temperature > 0: raise spoilt(path, f"`temperature` must be above 0, not {temperature!r}")
     return card
 
-# %% ../../nbs/api/serve/01_verification.ipynb #00fde0a9
+# %% ../../nbs/api/serve/01_verification.ipynb #4d2415da
 # What leads to a tensor, by message and field number (onnx.proto): field → the message that it holds.
 PATHS = {
     "model": {7: "graph", 25: "function"}, "graph": {1: "node", 5: "tensor", 15: "sparse"}, "function": {7: "node", 11: "attribute"},
@@ -139,6 +139,7 @@ def walk_tensors(message: memoryview, kind: str, depth: int = 0) -> Iterator[mem
         if below == "tensor": yield value
         else: yield from walk_tensors(value, below, depth + 1)
 
+# %% ../../nbs/api/serve/01_verification.ipynb #11e18e5a
 def walk_fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
     "Field numbers and values (numbers, or bytes) of one protobuf message; `ValueError` if it is none."
     at = 0

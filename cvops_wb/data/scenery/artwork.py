@@ -197,12 +197,14 @@ def draw_label(
     LAYOUTS[sku.brand](pen, sku)
     return pen.finish()
 
-def draw_emblem(pen: Pen, sku: Sku, x: float, y: float, r: float) -> None: EMBLEMS[sku.emblem](pen, x, y, r)
+def draw_emblem(pen: Pen, sku: Sku, x: float, y: float, r: float) -> None:
+    "The emblem of a SKU around (x, y), of radius r."
+    EMBLEMS[sku.emblem](pen, x, y, r)
 
 def _small_print(pen: Pen, x: float, y: float, width: float, lines: int, fill: Colour) -> None:
     for k in range(lines): pen.line([(x, y + .035*k), (x + width*(1 - .13*(k*5 % 3)), y + .035*k)], fill, .011)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #2fc504a4
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #37d35592
 @LAYOUTS.register("havre")
 def lay_out_havre(pen: Pen, sku: Sku) -> None:
     "Oat drink: a calm cream field above rolling hills."
@@ -235,6 +237,7 @@ def lay_out_linden(pen: Pen, sku: Sku) -> None:
     pen.write(sku.title, .5, .8225*h, .105, sku.ground, bold=.05, most=.66, spread=1.1)
     for x, text in ((.15, sku.note), (.85, sku.content)): pen.write(text, x, .55*h, .045, sku.ink, most=.2)
 
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #68ef81bc
 @LAYOUTS.register("volt")
 def lay_out_volt(pen: Pen, sku: Sku) -> None:
     "Cola: a swoosh across, the name on end."
@@ -262,6 +265,7 @@ def lay_out_sole(pen: Pen, sku: Sku) -> None:
     pen.write(sku.title, .5, .845*h, .13, sku.ground, bold=.04, most=.74, spread=1.1)
     pen.write(f"100 % {sku.note} · {sku.content}", .5, .945*h, .06, sku.ground)
 
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #76d7474f
 @LAYOUTS.register("nord")
 def lay_out_nord(pen: Pen, sku: Sku) -> None:
     "Coffee: a sun behind two mountains on black."

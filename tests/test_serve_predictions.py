@@ -1,0 +1,106 @@
+"The prediction log: nothing that was written is lost, nothing torn is read, nothing that is being written is touched."
+import json
+import multiprocessing
+import os
+import time
+
+import numpy as np
+import pytest
+
+from cvops_wb.core.errors import BadRecord
+from cvops_wb.serve import compact_predictions, read_predictions
+from cvops_wb.serve.inference import Answer
+from cvops_wb.serve.predictions import COLUMNS, PredictionLog, tell_time, to_row
+
+ANSWER = Answer("0"*16, "red", .9, np.array([.9, .1], np.float32), .3, np.arange(4, dtype=np.float32), {"brightness": .5, "width": 60, "phash": "f"*16})
+
+
+def row(k: int, **more) -> dict:
+    "A row of the log."
+    return to_row(ANSWER, **{"request_id": str(k), "time": tell_time(1e9 + k), "version": 1, "model": "m", "camera": "c", "caller": "", "latency_ms": 1., **more})
+
+
+def ids(folder, newest=None) -> list[str]: return list(read_predictions(folder, newest).request_id)
+
+
+def test_an_empty_folder_has_the_columns(tmp_path):
+    assert list(read_predictions(tmp_path)) == list(COLUMNS) and list(read_predictions(tmp_path/"none")) == list(COLUMNS) and compact_predictions(tmp_path/"none") == 0
+
+
+def test_segments_turn_and_the_newest_come_last(tmp_path):
+    log = PredictionLog(tmp_path, lines=10)
+    for k in range(35): assert log.append(row(k))
+    assert len(list(tmp_path.iterdir())) == 4 and ids(tmp_path) == [str(k) for k in range(35)]
+    assert compact_predictions(tmp_path) == 3 and sum(p.suffix == ".jsonl" for p in tmp_path.iterdir()) == 1, "the one at hand is left alone"
+    for newest in (0, 1, 5, 6, 12, 34, 35, 100): assert ids(tmp_path, newest) == [str(k) for k in range(max(0, 35 - newest), 35)]
+    assert log.append(row(35)) and ids(tmp_path, 1) == ["35"]
+    log.close()
+    assert compact_predictions(tmp_path) == 1 and ids(tmp_path) == [str(k) for k in range(36)]
+
+
+def test_the_vectors_and_types_come_back(tmp_path):
+    log = PredictionLog(tmp_path)
+    log.append(row(1, camera="Gang ä \n \u2028 </script>"))
+    for _ in range(2):
+        table = read_predictions(tmp_path)
+        assert table.scores[0].dtype == np.float32 and list(table.embedding[0]) == [0, 1, 2, 3] and table.camera[0] == "Gang ä \n \u2028 </script>"
+        assert table.version.dtype == "int64" and table.confidence.dtype == "float64" and table.phash[0] == "f"*16 and np.isnan(table.sharpness[0])
+        log.close() if log else None
+        log = compact_predictions(tmp_path) and None
+
+
+@pytest.mark.parametrize("end", [b'{"request_id": "torn', b"\x00"*40, b"\xff\xfe\n", b"[1, 2]\n", b'{"other": 1}\n', b"\n\n", b"null\n"])
+def test_what_is_torn_is_left_out(tmp_path, end):
+    log = PredictionLog(tmp_path)
+    for k in range(3): log.append(row(k))
+    os.write(log.file, end)
+    assert ids(tmp_path) == ["0", "1", "2"]
+    log.close()
+    compact_predictions(tmp_path)
+    assert ids(tmp_path) == ["0", "1", "2"]
+
+
+def test_a_full_disk_costs_the_line_and_not_the_next(tmp_path):
+    log = PredictionLog(tmp_path)
+    good, full = log.file, os.open("/dev/full", os.O_WRONLY)
+    log.append(row(0))
+    log.file = full
+    assert log.append(row(1)) is False
+    log.file, log.torn = good, True     # as after a line of which half was written
+    os.write(good, json.dumps(row(2)).encode()[:50])
+    assert log.append(row(3)) and ids(tmp_path) == ["0", "3"]
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    (tmp_path/"20260101T000000-1-1.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(BadRecord, match="damaged"): read_predictions(tmp_path)
+
+
+def write_many(folder, worker):
+    log = PredictionLog(folder, lines=7)
+    for k in range(60): log.append(row(k, request_id=f"{worker}-{k}"))
+    os._exit(0)     # no farewell
+
+
+def test_writers_readers_and_compactors_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write_many, args=(tmp_path, w)) for w in range(4)]
+    for writer in writers: writer.start()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        compact_predictions(tmp_path)
+        found = ids(tmp_path)
+        assert len(found) == len(set(found)) and len(found) >= seen, "nothing twice, and nothing that was there is gone"
+        seen = len(found)
+    for writer in writers: writer.join()
+    compact_predictions(tmp_path)
+    assert sorted(ids(tmp_path)) == sorted(f"{w}-{k}" for w in range(4) for k in range(60)) and not list(tmp_path.glob("*.jsonl"))
+
+
+def test_a_line_costs_less_than_a_tenth_of_a_millisecond(tmp_path):
+    log, times = PredictionLog(tmp_path), []
+    for k in range(500):
+        begin = time.perf_counter()
+        log.append(row(k))
+        times.append(time.perf_counter() - begin)
+    assert sorted(times)[250] < 1e-4
