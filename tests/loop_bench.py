@@ -6,6 +6,7 @@ from textwrap import dedent
 # A batch in a second: writes one file, prints, and can be told to misbehave by `do`.
 INGEST = '''
     from pathlib import Path
+    from cvops_wb.core.places import name_final
     from cvops_wb.core.records import Batch
     from cvops_wb.loop import open_run
     run = open_run("ingest", out)
@@ -21,7 +22,7 @@ PARAMETERS = '''
 '''
 MAKE = '''
     (run.out/"samples.txt").write_text("x"*count)
-    batch = Batch(source, "folder", "reports/x/samples.txt", count, count, 0, {"tea": count})
+    batch = Batch(source, "folder", name_final(run.out/"samples.txt"), count, count, 0, {"tea": count})
 '''
 FINISH = "run.finish(batch)"
 CURATE = ['''

@@ -1,12 +1,14 @@
 "What changes a stage's key, and what does not."
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from loop_bench import write_notebook
 
+from cvops_wb.core.records import Envelope, Snapshot
 from cvops_wb.core.settings import load_settings
 from cvops_wb.loop import keys
-from cvops_wb.loop.keys import Closure, find_module, make_key, read_code, read_module
+from cvops_wb.loop.keys import Closure, find_module, identify, make_key, read_code, read_module
 from cvops_wb.loop.stages import check_parameters, find_stage
 
 LOCAL = '"A module."\nimport json\n\ndef double(x):\n    "Twice."\n    return 2*x   # why\n'
@@ -165,6 +167,23 @@ def test_the_service_belongs_to_the_key_of_its_package(workbench):
         stage = find_stage(workbench, "package")
         digests.append(make_key(workbench, stage, check_parameters(stage, {}), {}).digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+SNAPSHOT = Snapshot("5af1", "data/samples/5af1.parquet", ["data/shards/a.tar"], 3, ["tea"], {"train": 3}, dvc="1.dir", message="one")
+
+
+@pytest.mark.parametrize("change, same", [
+    (dict(dvc="2.dir", message="two", parent="77", pushed=True), True),
+    (dict(samples="reports/curate-0123456789/x"), False), (dict(id="5af2"), False), (dict(classes=["milk"]), False), (dict(splits={"train": 2, "val": 1}), False),
+])
+def test_an_input_counts_by_what_it_says(change, same):
+    one, two = Envelope("snapshot-0123456789", "snapshot", SNAPSHOT), Envelope("snapshot-abcdef0123", "snapshot", replace(SNAPSHOT, **change))
+    assert (identify(one) == identify(two)) is same
+
+
+def test_the_files_of_an_input_count():
+    def made(run, sha): return Envelope(run, "train", SNAPSHOT, outputs={f"reports/{run}/predictions.parquet": {"sha256": sha, "size": 1}})
+    assert identify(made("train-0123456789", "aa")) == identify(made("train-abcdef0123", "aa")) != identify(made("train-abcdef0123", "bb"))
 
 
 def test_no_heavy_import():

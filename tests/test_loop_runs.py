@@ -68,6 +68,7 @@ def test_run_reuse_force_and_repair(alone):
     made = run_stage("curate")
     assert made.envelope.inputs == {"batch": first.envelope.run} and made.envelope.parameters["batch"] == first.envelope.run
     assert find_run(alone, "selection").run == made.envelope.run
+    assert run_stage("curate", {"batch": first.envelope.run[:12]}).reused
     assert folders(alone) == {first.envelope.run, made.envelope.run}
 
 

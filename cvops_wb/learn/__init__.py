@@ -5,10 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/api/learn/00_init.ipynb #2f4326e1
+# %% ../../nbs/api/learn/00_init.ipynb #b9293ed9
+import os
+
 from ..core.faces import lazy_face
 
-# %% ../../nbs/api/learn/00_init.ipynb #93258a34
+# %% ../../nbs/api/learn/00_init.ipynb #c6c1eb46
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# %% ../../nbs/api/learn/00_init.ipynb #540ebbf0
 _rooms = {
     "train": "training", "TrainSpec": "training", "draw_history": "training", "draw_predictions": "training",
     "evaluate": "evaluation", "EvaluateSpec": "evaluation", "read_scores": "evaluation", "draw_metrics": "evaluation", "draw_confusion": "evaluation",

@@ -6,7 +6,7 @@
 __all__ = ['LUMA', 'AugmentSpec', 'crop_transforms', 'colour_matrices', 'recolour', 'erase', 'augment', 'prepare', 'cut_and_mix',
            'blend']
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #15fab3d5
+# %% ../../nbs/api/learn/04_augmentation.ipynb #eb766d74
 import math
 from typing import Protocol
 
@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #256f4248
+# %% ../../nbs/api/learn/04_augmentation.ipynb #3b8aea29
 LUMA = (0.299, 0.587, 0.114)
 
 class AugmentSpec(Protocol):
@@ -40,7 +40,7 @@ def _factor(strength: float, count: int, generator: Generator) -> Tensor:
     reach = math.log1p(strength)
     return _uniform(-reach, reach, count, generator).exp()
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #209ed93a
+# %% ../../nbs/api/learn/04_augmentation.ipynb #ab3995c8
 def crop_transforms(count: int, spec: AugmentSpec, generator: Generator) -> Tensor:
     "Affine maps of random crops that turn, stretch and mirror: (count, 2, 3) in [-1, 1] units."
     area = _uniform(spec.min_area, 1.0, count, generator)
@@ -55,7 +55,7 @@ def crop_transforms(count: int, spec: AugmentSpec, generator: Generator) -> Tens
     rows = [wide * angle.cos() * side, -high * angle.sin(), x, wide * angle.sin() * side, high * angle.cos(), y]
     return torch.stack(rows, 1).view(count, 2, 3)
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #999d9b2f
+# %% ../../nbs/api/learn/04_augmentation.ipynb #7bd5f18d
 def colour_matrices(count: int, spec: AugmentSpec, generator: Generator) -> Tensor:
     "Linear maps of RGB that change hue and saturation around the grey axis: (count, 3, 3)."
     angle = _uniform(-1, 1, count, generator) * (spec.hue * 2 * math.pi)
@@ -81,7 +81,7 @@ def recolour(pictures: Tensor, spec: AugmentSpec, generator: Generator) -> Tenso
     weights = brightness * contrast * matrices / (255 * std)
     return torch.baddbmm(offset.to(device), weights.to(device), flat).view_as(pictures)
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #5e469b1b
+# %% ../../nbs/api/learn/04_augmentation.ipynb #d35a90f4
 def erase(pictures: Tensor, chance: float, generator: Generator) -> Tensor:
     "Blank one rectangle, 0.2 to 0.5 of each side, in a share of the pictures (N, 3, H, W)."
     count, _, height, width = pictures.shape
@@ -96,7 +96,7 @@ def _span(length: int, struck: Tensor, generator: Generator) -> Tensor:
     place = (torch.arange(length) + 0.5) / length
     return (place >= start[:, None]) & (place < (start + extent)[:, None])
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #cfb93f3d
+# %% ../../nbs/api/learn/04_augmentation.ipynb #f0e134ce
 def augment(batch: Tensor, size: int, spec: AugmentSpec, generator: Generator) -> Tensor:
     "Random views of uint8 (N, 3, H, W), on its own device, normalised: float (N, 3, size, size)."
     maps = crop_transforms(len(batch), spec, generator).to(batch.device)
@@ -113,7 +113,7 @@ def prepare(batch: Tensor, size: int, spec: AugmentSpec) -> Tensor:
     mean, std = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
     return (pictures / 255 - mean) / std
 
-# %% ../../nbs/api/learn/04_augmentation.ipynb #240129a9
+# %% ../../nbs/api/learn/04_augmentation.ipynb #6498bbdf
 def cut_and_mix(pictures: Tensor, targets: Tensor, alpha: float, generator: Generator) -> tuple[Tensor, Tensor]:
     "Paste a rectangle of each picture's partner (CutMix) and share the soft targets by area."
     height, width = pictures.shape[-2:]

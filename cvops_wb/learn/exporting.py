@@ -6,7 +6,7 @@
 __all__ = ['REQUIRED', 'to_onnx', 'open_session', 'ParityFailed', 'check_parity', 'write_model', 'Model', 'read_model', 'Outputs',
            'run_session', 'run_model']
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #628d911e
+# %% ../../nbs/api/learn/06_exporting.ipynb #82dad951
 import hashlib
 import io
 import warnings
@@ -22,7 +22,7 @@ import pandas as pd
 from ..core.errors import BadModel, BadRecord, CvopsError, needs
 from ..core.files import dump_json, hash_file, join_within, list_outputs, read_json, write_atomic
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #ed2c9265
+# %% ../../nbs/api/learn/06_exporting.ipynb #d3dcf363
 def to_onnx(
     network: Any,   # a `Network`
     size: int,      # of the images' sides, pixels
@@ -50,7 +50,7 @@ def _plain_attention(torch: Any) -> Iterator[None]:
     try: yield
     finally: torch.backends.mha.set_fastpath_enabled(before)
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #df006a47
+# %% ../../nbs/api/learn/06_exporting.ipynb #cc03a695
 def open_session(
     onnx: bytes,        # a verified model file
     threads: int = 0,   # 0: all cores
@@ -59,9 +59,10 @@ def open_session(
     with needs("train"): import onnxruntime as ort
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")    # as in service
     return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #77bb49ce
+# %% ../../nbs/api/learn/06_exporting.ipynb #2a3e5577
 class ParityFailed(CvopsError): "The exported graph answers otherwise than the network it came from."
 
 def check_parity(
@@ -82,7 +83,7 @@ def check_parity(
         raise ParityFailed("the ONNX file and the network disagree", got=f"{worst:.2g}, allowed {limit:.2g}", fix="try another network")
     return worst
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #c1d322c3
+# %% ../../nbs/api/learn/06_exporting.ipynb #4187c707
 def write_model(
     folder: Path,               # made; its files are replaced
     network: Any,               # trained, a `Network`
@@ -101,7 +102,7 @@ def write_model(
     files = list_outputs(folder, [write_atomic(folder/name, data) for name, data in content.items()])
     return hash_file(write_atomic(folder/"manifest.json", dump_json({"schema": 1, "files": files})))
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #e02fe773
+# %% ../../nbs/api/learn/06_exporting.ipynb #8c7e45e5
 @dataclass(frozen=True)
 class Model:
     "A verified model."
@@ -122,7 +123,7 @@ class Model:
         entry = _read_manifest(self.folder)["reference.parquet"]
         return pd.read_parquet(io.BytesIO(_read_verified(self.folder, "reference.parquet", entry)))
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #cf7e2bb7
+# %% ../../nbs/api/learn/06_exporting.ipynb #18dd615c
 REQUIRED = ("weights.safetensors", "model.onnx", "model.json", "reference.parquet")
 
 def read_model(
@@ -141,7 +142,7 @@ def read_model(
     except BadRecord as e: raise _spoilt(folder/"model.json", e.got) from e
     return Model(folder, card, content["model.onnx"], found)
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #0433b608
+# %% ../../nbs/api/learn/06_exporting.ipynb #4da5c72d
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     try: value = read_json(folder/"manifest.json")
     except BadRecord as e: raise _spoilt(folder/"manifest.json", e.got) from e
@@ -162,7 +163,7 @@ def _spoilt(path: Path, got: Any) -> BadModel:
     return BadModel(f"a model's file is not what was written: {path.name}", got=f"{path}: {got}",
                     fix="restore it (`dvc checkout --force`, `dvc pull`), or train again")
 
-# %% ../../nbs/api/learn/06_exporting.ipynb #ca5f8ee3
+# %% ../../nbs/api/learn/06_exporting.ipynb #d1c95fb9
 @dataclass(frozen=True)
 class Outputs:
     "What a model says of N images."

@@ -7,7 +7,7 @@ __all__ = ['PACKAGE', 'Import', 'PURE', 'LEFT_OUT', 'DISTRIBUTIONS', 'HOW', 'SOU
            'read_code', 'Closure', 'list_taken', 'find_module', 'read_module', 'find_version', 'find_device',
            'sign_path', 'identify', 'Key', 'make_key']
 
-# %% ../../nbs/api/loop/02_keys.ipynb #47e5bfa8
+# %% ../../nbs/api/loop/02_keys.ipynb #11ec9b17
 import ast
 import hashlib
 import os
@@ -27,7 +27,7 @@ from ..core.records import Envelope
 from ..core.settings import SECTIONS, Settings
 from .stages import Stage
 
-# %% ../../nbs/api/loop/02_keys.ipynb #5f5c3575
+# %% ../../nbs/api/loop/02_keys.ipynb #dc327291
 PACKAGE = Path(cvops_wb.__file__).parent
 Import = tuple[str, tuple[str, ...]]    # module, names taken; `*` for all of it
 
@@ -49,7 +49,7 @@ def _drop_docstring(node: ast.AST) -> None:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): return
     if isinstance(node.body[0], ast.Expr) and isinstance(getattr(node.body[0].value, "value", None), str): node.body = node.body[1:] or [ast.Pass()]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #d7c36086
+# %% ../../nbs/api/loop/02_keys.ipynb #80e30bf8
 def _list_imports(tree: ast.AST, package: str) -> Iterator[Import]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from ((alias.name, ("*",)) for alias in node.names)
@@ -64,7 +64,7 @@ def _list_names(tree: ast.AST) -> Iterator[Import]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"cvops_wb(\.\w+)+(:\w+)?", node.value):
             yield node.value.partition(":")[0], ("*",)
 
-# %% ../../nbs/api/loop/02_keys.ipynb #e7a09cd1
+# %% ../../nbs/api/loop/02_keys.ipynb #3f40efe7
 def _list_settings(tree: ast.AST) -> Iterator[str]:
     inner = set()
     for node in ast.walk(tree):
@@ -84,7 +84,7 @@ def read_settings(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     values = {f"{section}.{key}": getattr(getattr(settings, section), key) for section, key in pairs}
     return {key: hash_value(value)[:16] if "://" in str(value) else value for key, value in values.items()}
 
-# %% ../../nbs/api/loop/02_keys.ipynb #87b5ae12
+# %% ../../nbs/api/loop/02_keys.ipynb #5205ae30
 PURE = {"dataclass", "cache", "lru_cache", "contextmanager"}    # decorators that tell nobody of what they decorate
 
 @dataclass
@@ -118,7 +118,7 @@ def _list_defined(node: ast.stmt) -> list[str]:
     plain = [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
     return [n.id for n in plain] if all(isinstance(n, ast.Name) for n in plain) else []
 
-# %% ../../nbs/api/loop/02_keys.ipynb #78d468ac
+# %% ../../nbs/api/loop/02_keys.ipynb #4b0557cc
 LEFT_OUT = ("cvops_wb.loop", "cvops_wb._modidx")
 
 class Closure:
@@ -172,7 +172,7 @@ def list_taken(code: Code, path: Path, names: tuple[str, ...]) -> list[str]:
     members = [p.stem for p in sorted(path.parent.glob("*.py")) if p.stem != "__init__"] if path.name == "__init__.py" else []
     return [*code.pieces, *code.bound, *members]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #15146511
+# %% ../../nbs/api/loop/02_keys.ipynb #5ff6d75b
 @cache
 def find_module(name: str, root: Path) -> Path | None:
     "The file of a module of ours or of the workbench; None for a vendor's."
@@ -185,7 +185,7 @@ def read_module(name: str, root: Path) -> Code:
     path = find_module(name, root)
     return read_code(path.read_text(encoding="utf-8"), name if path.name == "__init__.py" else name.rpartition(".")[0])
 
-# %% ../../nbs/api/loop/02_keys.ipynb #4dd80c64
+# %% ../../nbs/api/loop/02_keys.ipynb #5a7c75eb
 DISTRIBUTIONS = {"PIL": "Pillow", "sklearn": "scikit-learn", "cv2": "opencv-python", "yaml": "PyYAML", "skimage": "scikit-image"}
 
 @cache
@@ -212,7 +212,7 @@ def _list_files(path: Path, name: str) -> Iterator[list]:
             if entry.is_dir(): yield from _list_files(Path(entry.path), f"{name}/{entry.name}")
             elif entry.is_file(): yield [f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #adf0e4e1
+# %% ../../nbs/api/loop/02_keys.ipynb #03e8fe8a
 HOW = {"dvc", "parent", "message", "pushed", "seconds", "tracking", "ready_s"}
 
 def identify(envelope: Envelope) -> str:
@@ -221,7 +221,7 @@ def identify(envelope: Envelope) -> str:
     text = dump_json([says, {name: fact["sha256"] for name, fact in envelope.outputs.items()}], indent=None)
     return hashlib.sha256(re.sub(r"\b([a-z_]+)-[0-9a-f]{10}\b", r"\1", text).encode()).hexdigest()
 
-# %% ../../nbs/api/loop/02_keys.ipynb #57c710eb
+# %% ../../nbs/api/loop/02_keys.ipynb #134269ac
 SOURCES = ("source", "photos", "log", "weights")    # parameters that may name a file or a folder from outside
 
 @dataclass(frozen=True)

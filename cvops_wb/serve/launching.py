@@ -6,7 +6,7 @@
 __all__ = ['WORKER', 'SHORT_LIFE', 'LONGEST_PAUSE', 'COMPACT_EVERY', 'say', 'Supervisor', 'serve_bento', 'stopped_by_signals',
            'find_bento', 'open_listener', 'make_environment', 'Running', 'service_running', 'obey']
 
-# %% ../../nbs/api/serve/08_launching.ipynb #db528127
+# %% ../../nbs/api/serve/08_launching.ipynb #0c2a38ba
 import errno
 import json
 import os
@@ -31,7 +31,7 @@ from .limits import check_host, read_tokens
 from .predictions import compact_predictions
 from .verification import verify_model
 
-# %% ../../nbs/api/serve/08_launching.ipynb #1fdc2101
+# %% ../../nbs/api/serve/08_launching.ipynb #64f95d07
 WORKER = "import sys; from cvops_wb.serve.service import run_worker; run_worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
 SHORT_LIFE, LONGEST_PAUSE, COMPACT_EVERY = 10., 5., 60.     # seconds
 
@@ -39,7 +39,7 @@ def say(text: str) -> None:
     "A line on standard error, which is nobody's input."
     print(text, file=sys.stderr, flush=True)
 
-# %% ../../nbs/api/serve/08_launching.ipynb #73059d54
+# %% ../../nbs/api/serve/08_launching.ipynb #51f0a83c
 class Supervisor:
     "Workers on one socket."
 
@@ -103,7 +103,7 @@ class Supervisor:
             worker.wait()
         for descriptor in (self.heard, self.tell): os.close(descriptor)
 
-# %% ../../nbs/api/serve/08_launching.ipynb #136d8244
+# %% ../../nbs/api/serve/08_launching.ipynb #48ee9926
 def serve_bento(
     bento: Bento,
     host: str | None = None,        # settings.ini's, if not given
@@ -122,21 +122,20 @@ def serve_bento(
         environment = make_environment(settings, replace(settings, serve=serving), folder, log, scratch)
         supervisor = Supervisor(folder, listener, serving.workers, environment, log)
         with stopped_by_signals(supervisor):
-            try:
-                supervisor.start()
-                listener.listen(2048)   # from here on nobody stands before a closed door
-                if not supervisor.stopping: (tell or say)(f"{bento.tag} answers on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends it)")
-                supervisor.watch()
-            finally: supervisor.end()
+            supervisor.start()
+            listener.listen(2048)   # from here on nobody stands before a closed door
+            if not supervisor.stopping: (tell or say)(f"{bento.tag} answers on http://{address}:{listener.getsockname()[1]} (Ctrl-C ends it)")
+            supervisor.watch()
 
-# %% ../../nbs/api/serve/08_launching.ipynb #c3ec14c3
+# %% ../../nbs/api/serve/08_launching.ipynb #2803ebfb
 @contextmanager
 def stopped_by_signals(supervisor: Supervisor) -> Iterator[None]:
-    "Ctrl-C and SIGTERM tell a supervisor to stop."
+    "Ctrl-C and SIGTERM tell a supervisor to stop; whatever happens, its workers end."
     def halt(number: int, frame: Any) -> None: supervisor.stopping = True
     before = {number: signal.signal(number, halt) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
+        supervisor.end()
         for number, handler in before.items(): signal.signal(number, handler)
 
 def find_bento(settings: Settings, bento: Bento) -> Path:
@@ -165,7 +164,7 @@ def make_environment(settings: Settings, given: Settings, folder: Path, log: Pat
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
             "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
 
-# %% ../../nbs/api/serve/08_launching.ipynb #62265f30
+# %% ../../nbs/api/serve/08_launching.ipynb #567ad5fe
 @dataclass(frozen=True)
 class Running:
     "A service that runs beside us."

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'VECTORS', 'LINES', 'to_row', 'pack', 'unpack', 'PredictionLog', 'compact_predictions', 'compact_segment',
            'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'read_segment', 'tell_time']
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #ba576e62
+# %% ../../nbs/api/serve/04_predictions.ipynb #2621989b
 import base64
 import fcntl
 import io
@@ -26,7 +26,7 @@ from .inference import Answer
 
 if TYPE_CHECKING: import pandas as pd     # a worker writes, and needs neither pandas nor pyarrow
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #ff008726
+# %% ../../nbs/api/serve/04_predictions.ipynb #decb98be
 COLUMNS = {
     "request_id": "text", "time": "text",                           # ISO 8601, UTC, milliseconds
     "version": "int64", "model": "text",                            # number in the registry; first 16 digits of the manifest's SHA-256
@@ -51,7 +51,7 @@ def unpack(text: str) -> np.ndarray:
     "The vector, float32."
     return np.frombuffer(base64.b64decode(text), "<f4")
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #ad1d4e81
+# %% ../../nbs/api/serve/04_predictions.ipynb #23ad485f
 LINES = 5_000           # of one segment
 
 class PredictionLog:
@@ -64,11 +64,13 @@ class PredictionLog:
         self.file = self.open_segment()
 
     def open_segment(self) -> int:
-        "A new file of our own, locked."
+        "A new file of our own; it is locked before it has a name that others look for."
         now = time.time_ns()
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(now//10**9))}-{now % 10**9:09}-{os.getpid()}.jsonl"
-        file = os.open(self.folder/name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        new = self.folder/f".{name}.new"
+        file = os.open(new, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.rename(self.folder/name)
         return file
 
     def append(self, row: Mapping[str, Any]) -> bool:
@@ -94,7 +96,7 @@ class PredictionLog:
         "Let go of the segment."
         os.close(self.file)
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #76353e01
+# %% ../../nbs/api/serve/04_predictions.ipynb #3b31e687
 def compact_predictions(folder: Path | str) -> int:
     "Turn every finished segment into Parquet; returns how many."
     return sum(compact_segment(path) for path in sorted(Path(folder).glob("*.jsonl")))
@@ -138,7 +140,7 @@ def to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
     pq.write_table(to_table(rows), out, compression="zstd")
     return out.getvalue()
 
-# %% ../../nbs/api/serve/04_predictions.ipynb #c99c8135
+# %% ../../nbs/api/serve/04_predictions.ipynb #58564526
 def read_predictions(
     folder: Path | str,             # of the log
     newest: int | None = None,      # rows at most, the newest; all if not given
@@ -158,8 +160,9 @@ def list_segments(folder: Path) -> list[tuple[Path, str]]:
     found: dict[str, float] = {}
     for path in folder.glob("[0-9]*.*") if folder.is_dir() else ():
         if path.suffix not in (".jsonl", ".parquet"): continue
-        try: found[path.stem] = max(found.get(path.stem, 0.), path.stat().st_mtime)
-        except FileNotFoundError: continue      # compacted this moment: its table is here, or comes
+        try: touched = path.stat().st_mtime
+        except FileNotFoundError: touched = time.time()     # compacted this moment: its table is there now
+        found[path.stem] = max(found.get(path.stem, 0.), touched)
     return [(folder/stem, tell_time(when)) for stem, when in sorted(found.items(), key=lambda item: item[::-1], reverse=True)]
 
 def read_segment(stem: Path) -> Any:

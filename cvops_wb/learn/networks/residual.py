@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['conv_norm', 'Residual', 'SmallResNet', 'small_resnet', 'build_small_resnet']
 
-# %% ../../../nbs/api/learn/networks/01_residual.ipynb #c70596a3
+# %% ../../../nbs/api/learn/networks/01_residual.ipynb #6bf6f25b
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from ...core.errors import WrongUsage
 from . import NETWORKS, Network
 
-# %% ../../../nbs/api/learn/networks/01_residual.ipynb #c637de72
+# %% ../../../nbs/api/learn/networks/01_residual.ipynb #9c8af738
 def conv_norm(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     "A convolution without bias and its batch norm: (N, inputs, H, W) -> (N, outputs, H/stride, W/stride)."
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
@@ -45,7 +45,7 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
     pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()
     return nn.Sequential(pool, conv_norm(inputs, outputs, 1))
 
-# %% ../../../nbs/api/learn/networks/01_residual.ipynb #62290fcf
+# %% ../../../nbs/api/learn/networks/01_residual.ipynb #646190af
 class SmallResNet(Network):
     "A residual network; `features` gives the pooled embedding, `head` turns it into logits."
 
@@ -74,7 +74,7 @@ class SmallResNet(Network):
         "Normalised pictures (N, 3, H, W) -> logits (N, classes)."
         return self.head(self.dropout(self.features(x)))
 
-# %% ../../../nbs/api/learn/networks/01_residual.ipynb #c0adc22e
+# %% ../../../nbs/api/learn/networks/01_residual.ipynb #2a168138
 def _stage(inputs: int, outputs: int, depth: int, stride: int) -> nn.Sequential:
     "`depth` residual blocks, the first of which changes the shape."
     first = Residual(inputs, outputs, stride)
@@ -90,13 +90,13 @@ def _initialise(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 def small_resnet(
-    classes: int, width: int = 64, depths: Sequence[int] = (1, 1, 1, 1), dropout: float = 0.0
+    classes: int, width: int = 48, depths: Sequence[int] = (1, 1, 1, 1), dropout: float = 0.0
 ) -> SmallResNet:
     "A network whose stages are `width` x 1, 2, 4, 8 channels wide."
     widths = [width * 2**stage for stage in range(len(depths))]
     return SmallResNet(classes, widths, depths, dropout)
 
-# %% ../../../nbs/api/learn/networks/01_residual.ipynb #e2d658f6
+# %% ../../../nbs/api/learn/networks/01_residual.ipynb #9869b5e0
 @NETWORKS.register("small_resnet")
 def build_small_resnet(
     variant: str,       # channels of the first stage; empty: the recipe's
