@@ -268,9 +268,9 @@ def _unlabel(settings, batch) -> str:
 def test_planted_faults_are_found(workbench):
     "The synthetic warehouse knows its truth: every copy is found, and nothing that is none."
     from cvops_wb.data.formats.synth import prepare_warehouse
-    batch = ingest("synth:count=200,near=.12", IngestSpec(), room(workbench, "ingest"))
+    batch = ingest("synth:count=120,near=.15", IngestSpec(), room(workbench, "ingest"))
     table = read_samples(curate(batch, CurateSpec(), room(workbench, "curate")).samples)
-    truth = pd.read_csv(prepare_warehouse("synth:count=200,near=.12")/"truth.csv").fillna("").set_index("file")
+    truth = pd.read_csv(prepare_warehouse("synth:count=120,near=.15")/"truth.csv").fillna("").set_index("file")
     found = {name: row for row in table.itertuples() for name in row.sources}
     pairs = {frozenset((row.of, name)) for name, row in truth.iterrows() if row.kind == "near_duplicate"}
     joined = pd.Series({name: row.group for name, row in found.items()})

@@ -2,6 +2,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -221,27 +222,28 @@ def test_the_pages_in_chromium(service, tmp_path, scheme):
     picture = tmp_path/"photo.png"
     picture.write_bytes(photograph("red", "PNG", (640, 480)))
     (tmp_path/"text.jpg").write_text("no photograph")
+    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed: make system")
     with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"])
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"])
         page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 900})
         asked, complaints = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(f"{service.url}/")
-        page.screenshot(path=f"/tmp/w/wb-serve/drop-{scheme}.png")
+        page.screenshot(path=tmp_path/f"drop-{scheme}.png")
         page.set_input_files("#file", picture)
         page.wait_for_selector("#answer:not([hidden])")
         assert page.inner_text("#label") == "red" and page.locator(".row").count() == 3 and "version 1" in page.inner_text("#foot")
         page.wait_for_timeout(400)
-        page.screenshot(path=f"/tmp/w/wb-serve/answer-{scheme}.png")
+        page.screenshot(path=tmp_path/f"answer-{scheme}.png")
         page.set_input_files("#file", tmp_path/"text.jpg")
         page.wait_for_selector("#error:not([hidden])")
         assert "not_an_image" in page.inner_text("#error")
-        page.screenshot(path=f"/tmp/w/wb-serve/error-{scheme}.png")
+        page.screenshot(path=tmp_path/f"error-{scheme}.png")
         assert [c for c in complaints if "422" not in c] == []
         page.goto(f"{service.url}/docs")
         assert "/v1/models" in page.inner_text("main") and "too_many_pixels" in page.inner_text("main")
-        page.screenshot(path=f"/tmp/w/wb-serve/docs-{scheme}.png", full_page=True)
+        page.screenshot(path=tmp_path/f"docs-{scheme}.png", full_page=True)
         browser.close()
     assert asked and all(url.startswith((service.url, "blob:", "data:")) for url in asked), asked
 

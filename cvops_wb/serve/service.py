@@ -7,7 +7,7 @@ __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES',
            'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'predict',
            'look', 'tell_answer', 'send_reply', 'to_page', 'make_application', 'make_service', 'run_worker']
 
-# %% ../../nbs/api/serve/06_service.ipynb #25b7b7f9
+# %% ../../nbs/api/serve/06_service.ipynb #28b22ada
 import asyncio
 import json
 import logging
@@ -23,6 +23,7 @@ from typing import Any
 
 from ..core.errors import BadImage, CvopsError, needs
 from ..core.files import read_json
+from ..core.processes import hush
 from ..core.settings import Serve, load_settings
 from .inference import Answer, Classifier, count_threads
 from .limits import BadRequest, Gate, check_caller, check_host, explain, read_tokens, read_upload
@@ -30,7 +31,7 @@ from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
 from .verification import verify_model
 
-# %% ../../nbs/api/serve/06_service.ipynb #595abd3b
+# %% ../../nbs/api/serve/06_service.ipynb #aece9fbe
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY")]
@@ -41,7 +42,7 @@ WAITING = 8             # images in line for each that is looked at
 UPLOADS = 64            # that one worker receives at once
 DRAIN_SECONDS = 2.      # that a refused upload may go on, so that its sender gets to read the refusal
 
-# %% ../../nbs/api/serve/06_service.ipynb #25b4a81b
+# %% ../../nbs/api/serve/06_service.ipynb #d5df962a
 class Request:
     "The head of one HTTP request, and its body as it comes."
     __slots__ = ("begin", "client", "done", "headers", "id", "method", "path", "receive_next", "time")
@@ -80,7 +81,7 @@ def to_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = 
     "A value as JSON."
     return Reply(status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), headers=headers or {})
 
-# %% ../../nbs/api/serve/06_service.ipynb #1bfbf87d
+# %% ../../nbs/api/serve/06_service.ipynb #85736b78
 BUCKETS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1., 2., 5.)     # seconds
 
 class Metrics:
@@ -114,7 +115,7 @@ class Metrics:
             MultiProcessCollector(registry, self.shared)
         return Reply(200, self.prometheus.generate_latest(registry), self.prometheus.CONTENT_TYPE_LATEST.encode())
 
-# %% ../../nbs/api/serve/06_service.ipynb #eef82e0e
+# %% ../../nbs/api/serve/06_service.ipynb #2a514172
 class Application:
     "The service as one ASGI callable; it loads its model when it starts, not when it is made."
 
@@ -166,7 +167,7 @@ class Application:
         self.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-# %% ../../nbs/api/serve/06_service.ipynb #056cf3ca
+# %% ../../nbs/api/serve/06_service.ipynb #7d0b2c16
 async def handle(app: Application, request: Request, send: Callable) -> None:
     "Answer one request, whatever it is."
     path = request.path if request.path in ROUTES else "other"
@@ -193,7 +194,7 @@ async def find_reply(app: Application, request: Request) -> Reply:
     if request.path == "/predict": return await predict(app, request)
     return app.metrics.render() if request.path == "/metrics" else app.fixed[request.path]
 
-# %% ../../nbs/api/serve/06_service.ipynb #1a8aa4db
+# %% ../../nbs/api/serve/06_service.ipynb #e34cdb9a
 async def predict(app: Application, request: Request) -> Reply:
     "One image, one answer."
     app.gate.check()        # before the body is read: to be told early is the point
@@ -220,7 +221,7 @@ def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
             "scores": dict(zip(classes, scores, strict=True))}
 
-# %% ../../nbs/api/serve/06_service.ipynb #b04b075a
+# %% ../../nbs/api/serve/06_service.ipynb #7c302aad
 async def send_reply(send: Callable, reply: Reply, request: Request, max_bytes: int) -> None:
     "Write a reply; when an upload was refused half-way, let its rest run out."
     headers = [(b"content-type", reply.kind), (b"content-length", str(len(reply.body)).encode()), (b"x-request-id", request.id.encode()), *HEADERS,
@@ -236,7 +237,7 @@ def to_page(page: Page) -> Reply:
     "HTML under its policy."
     return Reply(200, page.body, b"text/html; charset=utf-8", {"content-security-policy": page.policy})
 
-# %% ../../nbs/api/serve/06_service.ipynb #d4da01f7
+# %% ../../nbs/api/serve/06_service.ipynb #3efd8ac3
 def make_application(folder: Path) -> Application:
     "The application of a packaged service; settings from its settings.ini and the environment."
     settings, tokens = load_settings(folder).serve, read_tokens()
@@ -249,6 +250,7 @@ def make_service(
 ) -> Any:
     "A BentoML service whose server is our application."
     with needs("serve"): import bentoml
+    hush()      # also under `bentoml serve`
     folder = Path(folder).resolve()
     settings = load_settings(folder).serve
 
