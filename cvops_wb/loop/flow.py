@@ -222,7 +222,7 @@ def run_flow(
 DEMO: dict[str, dict[str, Any]] = {
     "ingest": {"source": "synth"},
     "snapshot": {"message": "the synthetic warehouse"},
-    "train": {"network": "small_resnet:32", "epochs": 30, "size": 96, "batch_size": 32},
+    "train": {"network": "small_resnet:32", "epochs": 60, "size": 96, "batch_size": 32},
     "rehearse": {"photos": "traffic"},
 }
 DEMO_DATA: dict[str, dict[str, Any]] = {"train": {"epochs": 30, "size": 96}}
