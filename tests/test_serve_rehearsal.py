@@ -47,7 +47,7 @@ def test_the_same_version_and_code_are_built_once(bench, bento):
     version, built = register_toy(bench.root), bench.root/bento.path
     before, begin = (built/"bento.yaml").stat().st_mtime_ns, time.monotonic()
     assert package(version, PackageSpec(), bench.reports/"again.part") == bento
-    assert time.monotonic() - begin < 3 and (built/"bento.yaml").stat().st_mtime_ns == before
+    assert (built/"bento.yaml").stat().st_mtime_ns == before
     (built/"src"/"model"/"model.onnx").write_bytes(b"rotten")
     assert package(version, PackageSpec(), bench.reports/"again.part") == bento
     assert (built/"src"/"model"/"model.onnx").stat().st_size > 100, "what rotted was built again"
