@@ -29,7 +29,7 @@ setup: .venv/.ready     ## the environment alone: .venv from requirements.lock
 	$(call say,environment .venv: about 380 packages and 7 GB with the CUDA libraries; the first time takes minutes)
 	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
 	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
-	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch .venv/.ready
 
 demo: setup     ## the whole loop on the synthetic warehouse, or on your images: make demo DATA=path/to/images [LABEL=coarse]
