@@ -7,7 +7,7 @@ __all__ = ['SUFFIXES', 'RIGHT', 'WRONG', 'UNKNOWN', 'RehearseSpec', 'Shot', 'reh
            'list_folder', 'make_traffic_folder', 'ask_all', 'ask_one', 'send_hostile', 'draw_sheet', 'pick_evenly',
            'draw_answers', 'draw_latency']
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #911b7c96
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #64e94ee4
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,7 @@ from .clients import CallFailed, Client
 from .launching import service_running
 from .predictions import compact_predictions
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #ba768b18
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #2cede753
 @dataclass(frozen=True)
 class RehearseSpec:
     "What a service is asked before it goes live."
@@ -72,7 +72,7 @@ def rehearse(
     return Rehearsal(bento.tag, len(table), len(table) - len(good), accuracy, p50, p99, round(service.ready_s, 2),
                      name_final(out/"predictions", settings.root), answers[good.index[0]]["whole"])
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #4a0965ef
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #ba8e53f2
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def find_shots(settings: Settings, snapshot: Snapshot | None, spec: RehearseSpec) -> list[Shot]:
@@ -98,7 +98,7 @@ def list_held_out(snapshot: Snapshot, most: int) -> list[Shot]:
     chosen = rows.sample(min(most, len(rows)), random_state=0)
     return [Shot(row.id + row.ext, lambda id=row.id: reader.read(id), row.label, row.camera or "") for row in chosen.itertuples()]
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #a6528659
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #9d4d7174
 def list_folder(folder: Path) -> list[Shot]:
     "The photographs of a folder in the order of their names, with the truth where `truth.csv` has it."
     if not folder.is_dir(): raise BadInput("there is no such folder", got=folder, fix="name a folder of photographs")
@@ -122,7 +122,7 @@ def make_traffic_folder(settings: Settings, count: int) -> Path:
         part.rename(folder)
     return folder
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #032e20b9
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #9caf72f9
 def ask_all(client: Client, shots: Sequence[Shot], clients: int) -> list[dict[str, Any]]:
     "One row for each photograph, in their order: what was answered, and how long it took."
     with ThreadPoolExecutor(clients, "ask") as pool:
@@ -155,7 +155,7 @@ def send_hostile(
                              fix="do not let it go live; tell us")
     return said
 
-# %% ../../nbs/api/serve/10_rehearsal.ipynb #971c905f
+# %% ../../nbs/api/serve/10_rehearsal.ipynb #c261d4dd
 RIGHT, WRONG, UNKNOWN = COLOURS[2], COLOURS[3], "#57606a"
 
 def draw_sheet(shots: Sequence[Shot], table: pd.DataFrame, most: int = 24) -> Image.Image:
@@ -190,6 +190,7 @@ def draw_latency(rehearsal: Rehearsal) -> Any:
     for value, name in ((rehearsal.p50_ms, "half within"), (rehearsal.p99_ms, "99 % within")):
         axes.axvline(value, color=COLOURS[3], linewidth=1)
         axes.text(value, axes.get_ylim()[1]*.96, f" {name} {value:.1f} ms", color=COLOURS[3], fontsize=8, va="top")
-    axes.set_title(f"{len(waits)} answers, {rehearsal.failed} without one; ready after {rehearsal.ready_s:.1f} s", loc="left", fontsize=10, fontweight="bold")
+    title = f"{len(waits)} answers, {rehearsal.failed} without one; ready after {rehearsal.ready_s:.1f} s"
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set(xlabel="milliseconds at the caller", ylabel="answers")
     return figure

@@ -7,7 +7,7 @@ __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES',
            'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'predict',
            'look', 'tell_answer', 'send_reply', 'to_page', 'make_application', 'make_service', 'run_worker']
 
-# %% ../../nbs/api/serve/06_service.ipynb #28b22ada
+# %% ../../nbs/api/serve/06_service.ipynb #0b80654b
 import asyncio
 import json
 import logging
@@ -31,7 +31,7 @@ from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
 from .verification import verify_model
 
-# %% ../../nbs/api/serve/06_service.ipynb #aece9fbe
+# %% ../../nbs/api/serve/06_service.ipynb #212e55a0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY")]
@@ -42,7 +42,7 @@ WAITING = 8             # images in line for each that is looked at
 UPLOADS = 64            # that one worker receives at once
 DRAIN_SECONDS = 2.      # that a refused upload may go on, so that its sender gets to read the refusal
 
-# %% ../../nbs/api/serve/06_service.ipynb #d5df962a
+# %% ../../nbs/api/serve/06_service.ipynb #6bfa2318
 class Request:
     "The head of one HTTP request, and its body as it comes."
     __slots__ = ("begin", "client", "done", "headers", "id", "method", "path", "receive_next", "time")
@@ -81,7 +81,7 @@ def to_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = 
     "A value as JSON."
     return Reply(status, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(), headers=headers or {})
 
-# %% ../../nbs/api/serve/06_service.ipynb #85736b78
+# %% ../../nbs/api/serve/06_service.ipynb #dc8d1b7b
 BUCKETS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1., 2., 5.)     # seconds
 
 class Metrics:
@@ -115,7 +115,7 @@ class Metrics:
             MultiProcessCollector(registry, self.shared)
         return Reply(200, self.prometheus.generate_latest(registry), self.prometheus.CONTENT_TYPE_LATEST.encode())
 
-# %% ../../nbs/api/serve/06_service.ipynb #2a514172
+# %% ../../nbs/api/serve/06_service.ipynb #845cab70
 class Application:
     "The service as one ASGI callable; it loads its model when it starts, not when it is made."
 
@@ -167,7 +167,7 @@ class Application:
         self.close()
         await send({"type": "lifespan.shutdown.complete"})
 
-# %% ../../nbs/api/serve/06_service.ipynb #7d0b2c16
+# %% ../../nbs/api/serve/06_service.ipynb #2655fcb5
 async def handle(app: Application, request: Request, send: Callable) -> None:
     "Answer one request, whatever it is."
     path = request.path if request.path in ROUTES else "other"
@@ -176,8 +176,8 @@ async def handle(app: Application, request: Request, send: Callable) -> None:
     except Exception:       # the last line of defence: said in the log, not to the caller
         logging.exception("request %s failed", request.id)
         reply = refuse(app, request, BadRequest(500, "internal", "the service failed; it has written down why"))
+    app.metrics.count(path, reply.status, app.version, perf_counter() - request.begin)     # before the caller can ask for it
     await send_reply(send, reply, request, app.settings.max_bytes)
-    app.metrics.count(path, reply.status, app.version, perf_counter() - request.begin)
 
 def refuse(app: Application, request: Request, error: BadRequest | BadImage) -> Reply:
     "An error as a reply, counted."
@@ -194,7 +194,7 @@ async def find_reply(app: Application, request: Request) -> Reply:
     if request.path == "/predict": return await predict(app, request)
     return app.metrics.render() if request.path == "/metrics" else app.fixed[request.path]
 
-# %% ../../nbs/api/serve/06_service.ipynb #e34cdb9a
+# %% ../../nbs/api/serve/06_service.ipynb #2fe45ebf
 async def predict(app: Application, request: Request) -> Reply:
     "One image, one answer."
     app.gate.check()        # before the body is read: to be told early is the point
@@ -221,7 +221,7 @@ def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
             "scores": dict(zip(classes, scores, strict=True))}
 
-# %% ../../nbs/api/serve/06_service.ipynb #7c302aad
+# %% ../../nbs/api/serve/06_service.ipynb #f5608748
 async def send_reply(send: Callable, reply: Reply, request: Request, max_bytes: int) -> None:
     "Write a reply; when an upload was refused half-way, let its rest run out."
     headers = [(b"content-type", reply.kind), (b"content-length", str(len(reply.body)).encode()), (b"x-request-id", request.id.encode()), *HEADERS,
@@ -237,7 +237,7 @@ def to_page(page: Page) -> Reply:
     "HTML under its policy."
     return Reply(200, page.body, b"text/html; charset=utf-8", {"content-security-policy": page.policy})
 
-# %% ../../nbs/api/serve/06_service.ipynb #3efd8ac3
+# %% ../../nbs/api/serve/06_service.ipynb #ecf49d80
 def make_application(folder: Path) -> Application:
     "The application of a packaged service; settings from its settings.ini and the environment."
     settings, tokens = load_settings(folder).serve, read_tokens()
