@@ -282,12 +282,12 @@ def test_planted_faults_are_found(workbench):
 
 @pytest.mark.slow
 def test_the_grocery_photographs(workbench, grocery):
-    "The published split does not leak as far as perceptual hashes see: 93 pairs of one scene, none of them across it."
+    "The published split does not leak as far as perceptual hashes see: 65 pairs of one scene, none of them across it."
     batch = ingest(str(grocery), IngestSpec(label="coarse"), room(workbench, "ingest"))
     selection = curate(batch, CurateSpec(), room(workbench, "curate"))
     table, pairs = read_samples(selection.samples).set_index("id"), pd.read_parquet(workbench.reports/"curate"/"pairs.parquet")
     assert selection.strategy == "given" and selection.splits == {"train": 2640, "val": 296} and "leak" not in selection.tags
-    assert 60 < len(pairs) < 150 and (pairs.likeness >= SCENE).all()
+    assert 50 < len(pairs) < 90 and (pairs.likeness >= SCENE).all()
     assert (table.label[pairs.a].to_numpy() == table.label[pairs.b].to_numpy()).all()
     assert (table.split[pairs.a].to_numpy() == table.split[pairs.b].to_numpy()).all()
     grouped = curate(batch, CurateSpec(strategy="grouped"), room(workbench, "grouped"))

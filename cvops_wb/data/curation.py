@@ -6,7 +6,7 @@
 __all__ = ['ASIDE', 'WIDE', 'CurateSpec', 'check_spec', 'add_tags', 'has_tag', 'group_samples', 'split_samples', 'curate',
            'count_splits', 'draw_splits', 'draw_duplicates', 'draw_quality']
 
-# %% ../../nbs/api/data/13_curation.ipynb #949fd51a
+# %% ../../nbs/api/data/13_curation.ipynb #9a04c393
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -29,7 +29,7 @@ from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
 
-# %% ../../nbs/api/data/13_curation.ipynb #f0d60b27
+# %% ../../nbs/api/data/13_curation.ipynb #7674213e
 ASIDE = ("blank", "label_conflict", "unlabelled")
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def check_spec(spec: CurateSpec) -> None:
         raise WrongUsage("scene must not be above likeness, and both are correlations", got=f"scene={spec.scene}, likeness={spec.likeness}",
                          fix=f"the defaults are {SCENE} and {NEAR}")
 
-# %% ../../nbs/api/data/13_curation.ipynb #79b83a4c
+# %% ../../nbs/api/data/13_curation.ipynb #944ea69b
 def add_tags(
     table: pd.DataFrame,
     **flags: Any,           # tag → (N,) truth values
@@ -80,7 +80,7 @@ def group_samples(
     return add_tags(table, near_duplicate=~pick_representatives(table, near), label_conflict=labels > 1,
                     unlabelled=table["label"] == "", exact_duplicate=table["sources"].map(len) > 1)
 
-# %% ../../nbs/api/data/13_curation.ipynb #5c21cf51
+# %% ../../nbs/api/data/13_curation.ipynb #568722a2
 def split_samples(table: pd.DataFrame, spec: CurateSpec) -> tuple[pd.DataFrame, str]:
     "The table with its splits, and the strategy that was taken."
     check_labels(table)
@@ -92,7 +92,7 @@ def split_samples(table: pd.DataFrame, spec: CurateSpec) -> tuple[pd.DataFrame, 
     alone = table["label"].isin(kept["label"].value_counts().loc[lambda count: count == 1].index) & ~aside
     return add_tags(table, leak=find_leaks(table), singleton=alone), strategy
 
-# %% ../../nbs/api/data/13_curation.ipynb #7edc70e7
+# %% ../../nbs/api/data/13_curation.ipynb #5b9f05d6
 def curate(
     batch: Batch,
     spec: CurateSpec,
@@ -125,7 +125,7 @@ def _summarise(table: pd.DataFrame, strategy: str, run: str, samples: str, sha25
     return Selection(run, samples, len(inside), len(table) - len(inside), dict(sorted(tags.items())), splits, int(inside["group"].nunique()),
                      strategy, {label: int(count) for label, count in classes.items()}, sha256)
 
-# %% ../../nbs/api/data/13_curation.ipynb #4a7cf853
+# %% ../../nbs/api/data/13_curation.ipynb #b09081b2
 def count_splits(table: pd.DataFrame) -> pd.DataFrame:
     "Samples by class and split."
     counts = pd.crosstab(table["label"].replace("", "(no label)"), table["split"])
@@ -151,7 +151,7 @@ def _open(selection: Selection) -> pd.DataFrame: return read_samples(selection.s
 def _show(table: pd.DataFrame, settings: Settings) -> list[Image.Image]:
     return [decode_image(read_blob(row, settings), row.bytes, float("inf")) for row in table.itertuples()]
 
-# %% ../../nbs/api/data/13_curation.ipynb #a95091fa
+# %% ../../nbs/api/data/13_curation.ipynb #4d8ce387
 WIDE = 8    # pictures in a row
 
 def draw_duplicates(
