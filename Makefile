@@ -28,7 +28,7 @@ setup: .venv/.ready     ## the environment alone: .venv from requirements.lock
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or say which: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(call say,environment .venv: about 380 packages and 7 GB with the CUDA libraries; the first time takes minutes)
 	@test -x $(BIN)/python || $(UV) venv --quiet --python $(PYTHON) .venv
-	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	@$(UV) pip sync --quiet --python $(BIN)/python --require-hashes --compile-bytecode requirements.lock
 	@$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch .venv/.ready
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from loop_bench import write_notebook
 
+from cvops_wb.core.errors import BadInput
 from cvops_wb.core.records import Envelope, Snapshot
 from cvops_wb.core.settings import load_settings
 from cvops_wb.loop import keys
@@ -192,3 +193,8 @@ def test_no_heavy_import():
     code = ("import sys; from cvops_wb.core.settings import load_settings as l; from cvops_wb.loop.runner import prepare_run;"
             "print(sorted({'numpy', 'pandas', 'papermill', 'torch', 'nbformat', 'psutil', 'typer'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_code_that_is_none_starts_nothing(make):
+    with pytest.raises(BadInput, match="05_train.ipynb is not Python"): make(code="for x in")
+    with pytest.raises(BadInput, match="helper.py is not Python"): make(local="def f(:")

@@ -26,7 +26,9 @@ SAMPLE = "99aa99aa99aa99aa"
 @pytest.fixture
 def history(workbench):
     "A workbench with one of everything."
-    for envelope in RUNS: write_atomic(workbench.reports/envelope.run/"record.json", dump_json(envelope.to_dict()))
+    for envelope in RUNS:
+        write_atomic(workbench.reports/envelope.run/"record.json", dump_json(envelope.to_dict()))
+        (workbench.reports/envelope.run/"notebook.html").touch()
     row = {"id": SAMPLE, "sha256": SAMPLE*4, "sources": ["aisle/1.jpg", "aisle/2.jpg"], "label": "tea", "labeled_by": "folder", "split": "test", "width": 40, "height": 30}
     (workbench.versioned/"samples").mkdir(parents=True)
     pd.DataFrame([row]).to_parquet(workbench.versioned/"samples"/"s.parquet")

@@ -11,6 +11,7 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,10 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
     with mpl.rc_context({**STYLE, "axes.prop_cycle": cycler(color=COLOURS)}):
         figure = Figure(figsize=size)
         FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns, **options)
+        axes = figure.subplots(rows, columns, **options)
+    # matplotlib reads the place of a title when it is set, not when the figure is made
+    for one in np.ravel(axes): one.set_title = partial(one.set_title, loc="left", fontweight="bold", fontsize=STYLE["axes.titlesize"])
+    return figure, axes
 
 def to_png(figure: Any) -> bytes:
     "A figure or a Pillow image as PNG."

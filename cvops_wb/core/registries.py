@@ -7,6 +7,7 @@ __all__ = ['Registry']
 
 # %% ../../nbs/api/core/01_registries.ipynb #dc95f2d0
 from collections.abc import Callable, Iterator
+from threading import RLock
 from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
@@ -25,7 +26,7 @@ class Registry:
     ):
         self.kind, self.package, self.group = kind, package, group
         self._members: dict[str, object] = {}
-        self._found = not (package or group)
+        self._found, self._lock = not (package or group), RLock()
 
     def register(self, name: str) -> Callable:
         "Decorate a class or a function to make it a member called `name`."
@@ -37,11 +38,15 @@ class Registry:
     def find(self) -> None:
         "Import the members' modules and entry points, once."
         if self._found: return
-        self._found = True
+        with self._lock: self._find()
+
+    def _find(self) -> None:
+        if self._found: return
         for module in iter_modules(import_module(self.package).__path__) if self.package else ():
             import_module(f"{self.package}.{module.name}")
         for entry in entry_points(group=self.group) if self.group else ():
             self._members.setdefault(entry.name, entry.load())
+        self._found = True      # last: a second thread must not look before all are there
 
     def __getitem__(self, name: str):
         "The member called `name`; `UnknownName` if there is none."

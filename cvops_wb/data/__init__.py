@@ -15,9 +15,9 @@ _rooms = {
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
     "index_samples": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",
-    "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",
+    "find_snapshot": "snapshots", "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",
     "Store": "store", "read_samples": "store", "write_samples": "store", "read_blob": "store", "list_samples": "store", "list_rejected": "store",
     "decode_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images",
-    "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "TrafficSpec": "synthesis",
+    "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "hash_drawing": "synthesis", "TrafficSpec": "synthesis",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

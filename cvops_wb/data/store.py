@@ -6,7 +6,7 @@
 __all__ = ['Source', 'write_samples', 'read_samples', 'Arrival', 'Busy', 'Store', 'make_folder', 'open_writer', 'stage', 'commit',
            'tabulate', 'list_samples', 'list_rejected', 'read_blob']
 
-# %% ../../nbs/api/data/02_store.ipynb #6e0033d2
+# %% ../../nbs/api/data/02_store.ipynb #24529914
 import errno
 import fcntl
 import hashlib
@@ -32,7 +32,7 @@ from ..core.records import SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .images import ImageFacts
 
-# %% ../../nbs/api/data/02_store.ipynb #65e00f5a
+# %% ../../nbs/api/data/02_store.ipynb #46debf1c
 def write_samples(
     table: pd.DataFrame,    # one row a sample, columns of `SAMPLE_COLUMNS`
     path: Path | str,
@@ -64,7 +64,7 @@ def read_samples(
     lists = {name: table[name].map(list) for name, kind in SAMPLE_COLUMNS.items() if kind == "list"}
     return table.assign(**lists)[list(SAMPLE_COLUMNS)]
 
-# %% ../../nbs/api/data/02_store.ipynb #1bd14662
+# %% ../../nbs/api/data/02_store.ipynb #1728da38
 @dataclass(frozen=True)
 class Arrival:
     "One file of a source, looked at: an image with its facts, or a file set aside with a reason."
@@ -92,7 +92,7 @@ pragma user_version = 1;
 
 class Busy(CvopsError): "Another process writes to the store."
 
-# %% ../../nbs/api/data/02_store.ipynb #3b0f2221
+# %% ../../nbs/api/data/02_store.ipynb #f14c8a9f
 class Store:
     "Blobs, rejected files and the journal of one workbench."
 
@@ -131,7 +131,7 @@ class Store:
             cursor = self.journal.execute(query, tuple(values))
             return pd.DataFrame(cursor.fetchall(), columns=[column[0] for column in cursor.description])
 
-# %% ../../nbs/api/data/02_store.ipynb #8787eeba
+# %% ../../nbs/api/data/02_store.ipynb #9a040795
 @contextmanager
 def _explaining(place: Path) -> Iterator[None]:
     "Turn what SQLite and the disk complain about into our errors."
@@ -139,7 +139,7 @@ def _explaining(place: Path) -> Iterator[None]:
     except (sqlite3.Error, OSError) as e:
         if getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(e):
             raise NoRoom("the disk is full; what was acknowledged is safe", got=place, fix="free some space (`cvops clean` empties the caches) and run it again") from e
-        if not isinstance(e, sqlite3.Error): raise
+        if isinstance(e, OSError): raise NoRoom("the store cannot be written", got=e, fix=f"look at the disk, and at the permissions of {place}") from e
         raise BadRecord("the journal of the store cannot be used", got=f"{place}: {e}", fix="see `cvops doctor`; restore journal.sqlite from a backup") from e
 
 def make_folder(folder: Path) -> None:
@@ -149,15 +149,17 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
 
-# %% ../../nbs/api/data/02_store.ipynb #0b68ca80
+# %% ../../nbs/api/data/02_store.ipynb #0ef1977d
 @contextmanager
 def open_writer(
     settings: Settings | None = None,
 ) -> Iterator[Store]:
     "The store, for writing; `Busy` if another process holds it. What an earlier crash left half-way is swept."
     store = Store(settings)
-    make_folder(store.root)
-    with open(store.root/"writer.lock", "a") as lock:
+    with _explaining(store.root):
+        make_folder(store.root)
+        lock = open(store.root/"writer.lock", "a")
+    with lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
@@ -171,7 +173,7 @@ def _sweep(store: Store) -> None:
     make_folder(store.incoming)
     for left in store.incoming.iterdir(): left.unlink()
 
-# %% ../../nbs/api/data/02_store.ipynb #a5c197e6
+# %% ../../nbs/api/data/02_store.ipynb #5354b255
 def stage(
     store: Store,
     data: bytes,
@@ -211,7 +213,7 @@ def commit(
             raise
     return new
 
-# %% ../../nbs/api/data/02_store.ipynb #f4006a2e
+# %% ../../nbs/api/data/02_store.ipynb #aaa25541
 def _marks(count: int) -> str: return ", ".join("?"*count)
 
 def _reject(origin: str, arrival: Arrival, now: str) -> tuple:
@@ -230,7 +232,7 @@ def _move(store: Store, arrivals: list[Arrival]) -> None:
     for staged, place in places: os.replace(staged, place)
     with ThreadPoolExecutor(8) as pool: list(pool.map(sync_folder, folders))    # many waits at once cost the disk one
 
-# %% ../../nbs/api/data/02_store.ipynb #866bb0cf
+# %% ../../nbs/api/data/02_store.ipynb #eaa026a8
 Source = tuple[str, str, str, str, str]     # sha256, name, label, labeled_by, given_split
 
 def tabulate(
@@ -252,7 +254,7 @@ def _merge(files: list[tuple]) -> dict[str, Any]:
     given = next((split for split in ("train", "val", "test") if split in splits), "")
     return {"sources": sorted(set(names)), "label": labels[first], "labeled_by": makers[first], "given_split": given, "tags": tags}
 
-# %% ../../nbs/api/data/02_store.ipynb #ddafc58a
+# %% ../../nbs/api/data/02_store.ipynb #b6eddf4a
 def list_samples(settings: Settings | None = None) -> pd.DataFrame:
     "Every image that the store knows, as a sample table."
     store = Store(settings)
@@ -263,7 +265,7 @@ def list_rejected(settings: Settings | None = None) -> pd.DataFrame:
     "Every file that was set aside: origin, name, sha256, reason, detail, file (below `rejected/`), bytes, seen."
     return Store(settings).read_all("select * from rejected order by origin, name")
 
-# %% ../../nbs/api/data/02_store.ipynb #30889f21
+# %% ../../nbs/api/data/02_store.ipynb #e12b9ae4
 def read_blob(
     sample: str | Mapping[str, Any] | Any,              # a row of the sample table, a `sha256` or an `id`
     settings: Settings | None = None,

@@ -7,7 +7,7 @@ __all__ = ['resample_groups', 'bootstrap', 'time_model', 'EvaluateSpec', 'evalua
            'file_away', 'write_table', 'read_scores', 'draw_metrics', 'draw_confusion', 'plot_confusion',
            'draw_classes', 'draw_calibration', 'draw_errors']
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #e97e35ae
+# %% ../../nbs/api/learn/08_evaluation.ipynb #8cb11f19
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from .loading import Pixels, open_split, read_photos
 from .tasks import TASKS
 from .tracking import Tracker, name_metrics, tracked
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #a4598b15
+# %% ../../nbs/api/learn/08_evaluation.ipynb #9bafd74b
 def resample_groups(
     groups: np.ndarray,     # (N,) a group's name for each sample
     repeats: int,
@@ -55,7 +55,7 @@ def bootstrap(
     values = {name: np.concatenate([part[name] for part in parts]) for name in (parts or [{}])[0]}
     return {name: np.nanpercentile(value, [50*(1 - level), 50*(1 + level)]).tolist() for name, value in values.items()}
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #be266e4e
+# %% ../../nbs/api/learn/08_evaluation.ipynb #d4b38341
 def time_model(model: Model, images: np.ndarray, repeats: int = 60, threads: int = 0) -> float:
     "Median milliseconds for one image through ONNX Runtime, after ten to warm up."
     session, seconds = open_session(model.onnx, threads), []
@@ -66,7 +66,7 @@ def time_model(model: Model, images: np.ndarray, repeats: int = 60, threads: int
         seconds.append(perf_counter() - begin)
     return float(np.median(seconds[10:])*1000)
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #778a6b11
+# %% ../../nbs/api/learn/08_evaluation.ipynb #918dcfef
 @dataclass(frozen=True)
 class EvaluateSpec:
     "How a candidate is judged."
@@ -96,7 +96,7 @@ def evaluate(
         file_away(tracker, evaluation, out)
     return evaluation
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #596aa6f4
+# %% ../../nbs/api/learn/08_evaluation.ipynb #20bc8f1c
 def predict(task: Any, model: Model, rows: pd.DataFrame, pixels: Pixels) -> tuple[pd.DataFrame, np.ndarray]:
     "What a model says of samples: a table (id, label, predicted, confidence, scores, …) and the scores (N, K)."
     scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature)
@@ -111,7 +111,7 @@ def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets
     value = {f"{task.main_metric}_unleaked": float(task.measure(scores[free], targets[free])[task.main_metric][0])} if free.any() else {}
     return {**value, "count_unleaked": float(free.sum())}
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #1a058095
+# %% ../../nbs/api/learn/08_evaluation.ipynb #5f8e6b3c
 def measure_all(
     task: Any,
     model: Model,
@@ -125,7 +125,7 @@ def measure_all(
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #ce2ae5e6
+# %% ../../nbs/api/learn/08_evaluation.ipynb #b825c2e1
 def file_away(tracker: Tracker, evaluation: Evaluation, out: Path) -> None:
     "Give MLflow the metrics and the confusion matrix."
     write_picture(out/"confusion.png", plot_confusion(evaluation, pd.read_parquet(out/"predictions.parquet")))
@@ -139,7 +139,7 @@ def write_table(path: Path, table: pd.DataFrame) -> Path:
     table.to_parquet(out, index=False)
     return write_atomic(path, out.getvalue(), durable=False)
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #ce867fff
+# %% ../../nbs/api/learn/08_evaluation.ipynb #25868d79
 def read_scores(evaluation: Evaluation) -> pd.DataFrame:
     "Every single prediction of an evaluation."
     return pd.read_parquet(locate(evaluation.predictions))
@@ -155,7 +155,7 @@ def draw_metrics(evaluation: Evaluation) -> Any:
     axes.set(title=f"{evaluation.count} images of {evaluation.split}, 95 % intervals", xlim=(0, 1.005), ylim=(-.6, len(names) - .4))
     return figure
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #e9de0063
+# %% ../../nbs/api/learn/08_evaluation.ipynb #12319fd0
 def draw_confusion(evaluation: Evaluation) -> Any:
     "Labels against predictions."
     return plot_confusion(evaluation, read_scores(evaluation))
@@ -167,15 +167,16 @@ def plot_confusion(evaluation: Evaluation, table: pd.DataFrame) -> Any:
     return draw_matrix(counts.to_numpy(), names, f"accuracy {_say(evaluation, 'accuracy')}, {evaluation.count} images")
 
 def draw_classes(evaluation: Evaluation, most: int = 40) -> Any:
-    "F1 of each class, the worst at the top, with its count."
-    worst = sorted(evaluation.per_class.items(), key=lambda item: item[1]["f1"])[:most]
+    "F1 of each class that was asked for, the worst at the top, with its count."
+    seen = [item for item in evaluation.per_class.items() if item[1]["count"]]
+    worst = sorted(seen, key=lambda item: item[1]["f1"])[:most]
     figure, axes = new_figure(size=(6.4, .7 + .2*len(worst)))
     axes.barh([f"{name[:26]} ({values['count']:.0f})" for name, values in worst][::-1], [values["f1"] for _, values in worst][::-1], color=COLOURS[0])
     axes.set(title=f"F1 by class; macro {_say(evaluation, 'macro_f1')}", xlim=(0, 1))
     axes.grid(False, axis="y")
     return figure
 
-# %% ../../nbs/api/learn/08_evaluation.ipynb #d57880f4
+# %% ../../nbs/api/learn/08_evaluation.ipynb #2773fb35
 def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
     "How often a prediction is right, against how sure it was; the bars below count the predictions."
     table = read_scores(evaluation)

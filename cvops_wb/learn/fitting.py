@@ -7,7 +7,7 @@ __all__ = ['Report', 'Labelled', 'FitSpec', 'rate', 'size_at', 'batches', 'soft_
            'build_optimizers', 'half_precision', 'has_bfloat16', 'update_average', 'Setup', 'Fit', 'fit',
            'predict_logits', 'accuracy']
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #c17cc50b
+# %% ../../nbs/api/learn/05_fitting.ipynb #22bd7a93
 import copy
 import math
 import time
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from .augmentation import augment, blend, cut_and_mix, prepare
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #ff7d1bc0
+# %% ../../nbs/api/learn/05_fitting.ipynb #68e50e1e
 Report = dict[str, float]
 
 Labelled = tuple[Tensor, Tensor]
@@ -66,7 +66,7 @@ class FitSpec:
     validate_every: int = 10
     seed: int = 0
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #16e3e366
+# %% ../../nbs/api/learn/05_fitting.ipynb #f945e71e
 def rate(progress: float, warmup: float) -> float:
     "The learning rate at `progress` in 0..1 as a share of its peak: a ramp up, a cosine down."
     if progress < warmup:
@@ -79,7 +79,7 @@ def size_at(progress: float, spec: FitSpec) -> int:
     side = spec.start_size + (spec.size - spec.start_size) * share
     return spec.size if share >= 1.0 else int(side // 32 * 32)
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #9a7598b6
+# %% ../../nbs/api/learn/05_fitting.ipynb #f26e4da5
 def batches(labels: Tensor, spec: FitSpec, generator: Generator) -> Iterator[Tensor]:
     "One epoch of index batches of near equal length, never fewer than `min_steps` of them."
     count = len(labels)
@@ -98,7 +98,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     hot = functional.one_hot(labels, classes).float()
     return hot * (1 - smoothing) + smoothing / classes
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #5f5ecfad
+# %% ../../nbs/api/learn/05_fitting.ipynb #f4095f5e
 class Muon(torch.optim.Optimizer):
     "Nesterov momentum whose steps are orthogonalised, for convolution weights."
 
@@ -126,7 +126,7 @@ class Muon(torch.optim.Optimizer):
         scale = math.sqrt(max(1.0, push.shape[0] / push.shape[1]))
         weight.mul_(1 - lr * decay).add_(push.view(weight.shape), alpha=-lr * scale)
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #00506933
+# %% ../../nbs/api/learn/05_fitting.ipynb #489614a0
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     "Roughly the nearest semi-orthogonal matrix, by Newton-Schulz iterations: (M, N) -> (M, N)."
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -147,7 +147,7 @@ def build_optimizers(network: nn.Module, spec: FitSpec, half: bool) -> list[torc
     sgd = torch.optim.SGD(groups, lr=spec.head_lr, momentum=spec.momentum, nesterov=True)
     return [sgd, Muon(weights[4], spec, half)]
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #a6cc7524
+# %% ../../nbs/api/learn/05_fitting.ipynb #52c1aa5c
 def half_precision(device: torch.device, wanted: bool) -> AbstractContextManager[None]:
     "Autocast to bfloat16 where the hardware multiplies it natively, else a no-op."
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
@@ -166,7 +166,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
         if kept.is_floating_point():
             kept.lerp_(fresh, 1 - decay)
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #03977049
+# %% ../../nbs/api/learn/05_fitting.ipynb #3d9a2961
 class Setup():
     "What one run holds: the network, its average, its optimisers, its random numbers."
 
@@ -197,7 +197,7 @@ class Setup():
         ]
         return torch.cat(columns, 1).to(self.device)
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #bb4d4610
+# %% ../../nbs/api/learn/05_fitting.ipynb #3c91e5d9
 class Fit(Setup):
     "One run in progress."
 
@@ -248,7 +248,7 @@ class Fit(Setup):
             "size": size_at(number / self.spec.epochs, self.spec),
         }
 
-# %% ../../nbs/api/learn/05_fitting.ipynb #84ad6c9e
+# %% ../../nbs/api/learn/05_fitting.ipynb #f9c86d32
 def fit(
     network: nn.Module, images: Tensor, labels: Tensor, spec: FitSpec,
     on_epoch: Callable[[Report], None] | None = None, fine: Tensor | None = None, validation: Labelled | None = None,

@@ -7,7 +7,7 @@ __all__ = ['STATISTICS', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device', '
            'shorten_memory', 'History', 'say', 'train', 'Material', 'gather', 'count_parameters', 'to_tensor',
            'name_finer', 'deliver', 'file_away', 'draw_history', 'plot_history', 'draw_predictions']
 
-# %% ../../nbs/api/learn/07_training.ipynb #7e4b7bda
+# %% ../../nbs/api/learn/07_training.ipynb #d899b7f1
 import math
 import os
 import random
@@ -34,7 +34,7 @@ from .networks import build_network
 from .tasks import TASKS
 from .tracking import Tracker, flatten, name_tags, tracked
 
-# %% ../../nbs/api/learn/07_training.ipynb #daf6a47f
+# %% ../../nbs/api/learn/07_training.ipynb #ad27e1b2
 @dataclass(frozen=True)
 class TrainSpec:
     "Everything that decides what a training gives, but the snapshot."
@@ -48,9 +48,10 @@ class TrainSpec:
     seed: int = 0
     device: str = ""            # auto, cpu, cuda; empty: settings.ini
     track: bool = True          # show it in MLflow
+    folders: bool = False       # learn the folders inside a class too, on the side
     recipe: FitSpec = FitSpec() # the finer choices; what is named above stands above it
 
-# %% ../../nbs/api/learn/07_training.ipynb #ac1c20c0
+# %% ../../nbs/api/learn/07_training.ipynb #0c72a29c
 class NoDevice(WrongUsage): "The device that was asked for is not there."
 class Diverged(CvopsError): "The loss left the numbers."
 
@@ -76,7 +77,7 @@ def seed_all(seed: int, threads: int = 0) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(threads or os.cpu_count() or 1)
 
-# %% ../../nbs/api/learn/07_training.ipynb #dc2384fb
+# %% ../../nbs/api/learn/07_training.ipynb #38a0a85c
 def to_fit(spec: TrainSpec, mean: tuple[float, ...], std: tuple[float, ...]) -> FitSpec:
     "What the loop wants to know: the recipe, at the size and with the few numbers that a person chose."
     recipe = spec.recipe
@@ -90,7 +91,7 @@ def shorten_memory(recipe: FitSpec, images: int) -> FitSpec:
     steps = recipe.epochs*max(recipe.min_steps, images/recipe.batch)
     return replace(recipe, ema=min(recipe.ema, max(0., 1 - 10/steps)))
 
-# %% ../../nbs/api/learn/07_training.ipynb #b4ffccc2
+# %% ../../nbs/api/learn/07_training.ipynb #c91b399f
 class History:
     "The epochs so far: printed, in history.csv, in MLflow."
 
@@ -114,7 +115,7 @@ def say(row: dict[str, float], epochs: int) -> str:
     left = row["seconds"]/row["epoch"]*(epochs - row["epoch"])
     return f"epoch {row['epoch']:3.0f}/{epochs}  loss {row['loss']:.3f}  val {row['val_accuracy']:.3f}  {row['seconds']:5.0f} s, {left:.0f} s left"
 
-# %% ../../nbs/api/learn/07_training.ipynb #e0c86006
+# %% ../../nbs/api/learn/07_training.ipynb #23897d40
 def train(
     snapshot: Snapshot,
     spec: TrainSpec,
@@ -128,16 +129,17 @@ def train(
     network = build_network(spec.network, len(snapshot.classes), spec.size, spec.weights).to(device)
     recipe = to_fit(spec, network.mean, network.std)
     material = gather(settings, task, snapshot, recipe)
+    finer = material.finer if spec.folders else None
     recipe = shorten_memory(recipe, len(material.images))
     with tracked(settings, out.name.removesuffix(".part"), fresh=True, enabled=spec.track) as tracker:
         history = History(out/"history.csv", tracker)
-        fit(network, material.images, material.targets, recipe, history.add, material.finer, (material.held_images, material.held_targets))
+        fit(network, material.images, material.targets, recipe, history.add, finer, (material.held_images, material.held_targets))
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), snapshot.classes, spec.size, metrics,
                               {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin)
         return replace(candidate, tracking=file_away(tracker, candidate, history, out))
 
-# %% ../../nbs/api/learn/07_training.ipynb #c60c3304
+# %% ../../nbs/api/learn/07_training.ipynb #5df2340d
 @dataclass(frozen=True)
 class Material:
     "What one training needs of a snapshot."
@@ -176,7 +178,7 @@ def name_finer(rows: pd.DataFrame) -> torch.Tensor | None:
     few = rows["label"].nunique() < folders.nunique() <= len(rows)/8    # at least eight images a folder, on average
     return torch.from_numpy(folders.astype("category").cat.codes.to_numpy().astype(np.int64)) if pure and few else None
 
-# %% ../../nbs/api/learn/07_training.ipynb #f4f99aec
+# %% ../../nbs/api/learn/07_training.ipynb #7050f5a8
 STATISTICS = ("brightness", "contrast", "sharpness", "entropy", "saturation", "width", "height", "bytes")
 
 def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> tuple[dict[str, float], str]:
@@ -196,7 +198,7 @@ def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> 
             "snapshot": material.snapshot.id, "outputs": list(task.outputs), "parity": parity}
     return {**metrics, "parity": parity}, write_model(folder, network, onnx, card, reference)
 
-# %% ../../nbs/api/learn/07_training.ipynb #58c670f8
+# %% ../../nbs/api/learn/07_training.ipynb #be2d34d4
 def file_away(tracker: Tracker, candidate: Candidate, history: History, out: Path) -> str:
     "Give MLflow the parameters, ids, metrics and small files of a run; returns its id there."
     write_picture(out/"curves.png", plot_history(pd.DataFrame(history.rows)))
@@ -205,7 +207,7 @@ def file_away(tracker: Tracker, candidate: Candidate, history: History, out: Pat
     for path in (out/"curves.png", out/"history.csv", out/"model"/"model.json", out/"model"/"manifest.json"): tracker.keep(path)
     return tracker.finish()
 
-# %% ../../nbs/api/learn/07_training.ipynb #292b62c8
+# %% ../../nbs/api/learn/07_training.ipynb #6213f20d
 def draw_history(candidate: Candidate) -> Any:
     "Loss and held-out accuracy by epoch."
     return plot_history(pd.read_csv(locate(candidate.model).parent/"history.csv"))

@@ -6,7 +6,7 @@
 __all__ = ['LOOP', 'Given', 'COLOURS', 'MARKS', 'DEMO', 'DEMO_DATA', 'list_needs', 'take_results', 'Step', 'plan_flow', 'Board',
            'Result', 'was_refused', 'Flow', 'check_targets', 'explain_fault', 'run_flow', 'make_demo']
 
-# %% ../../nbs/api/loop/06_flow.ipynb #7196b33a
+# %% ../../nbs/api/loop/06_flow.ipynb #eb8c0fb2
 import os
 import shutil
 import sys
@@ -25,7 +25,7 @@ from .runner import Outcome, find_intact, prepare_run, run_stage
 from .runs import describe_record
 from .stages import Stage, check_parameters, find_stage
 
-# %% ../../nbs/api/loop/06_flow.ipynb #5b23e09d
+# %% ../../nbs/api/loop/06_flow.ipynb #c208b9ec
 LOOP = ("ingest", "curate", "explore", "snapshot", "train", "evaluate", "register", "package", "rehearse", "monitor")
 Given = Mapping[str, Mapping[str, Any]]     # stage → parameter → value
 
@@ -38,7 +38,7 @@ def take_results(needs: Mapping[str, str], done: Mapping[str, Any]) -> dict[str,
     "The values of those parameters, once the stages that make them are done."
     return {name: done[maker].record.log if name == "log" else done[maker].run for name, maker in needs.items()}
 
-# %% ../../nbs/api/loop/06_flow.ipynb #0374be42
+# %% ../../nbs/api/loop/06_flow.ipynb #69462d4a
 @dataclass(frozen=True)
 class Step:
     "A stage in a plan."
@@ -60,7 +60,7 @@ def plan_flow(targets: Iterable[str], given: Given | None = None, force: bool = 
         steps.append(Step(name, order.run if order else "", "reuse" if found else "run", waiting))
     return steps
 
-# %% ../../nbs/api/loop/06_flow.ipynb #866a4267
+# %% ../../nbs/api/loop/06_flow.ipynb #c61cd285
 COLOURS = {"done": "32", "reused": "2", "failed": "31", "left out": "2", "running": "36"}
 MARKS = {True: dict(zip(COLOURS, "✓↺✗–▸")), False: dict(zip(COLOURS, "+=x->"))}
 
@@ -82,8 +82,7 @@ class Board:
     def update(self, name: str, cell: int, cells: int, text: str) -> None:
         "A stage has come to a cell, or printed a line."
         with self.lock:
-            kept = self.live.get(name, ("", ""))
-            self.live[name] = (f"{cell}/{cells}" if cells else "", text or kept[1])
+            self.live[name] = (f"{cell}/{cells}" if cells else "", text)
             if self.terminal and time.monotonic() - self.drawn > .1: self._draw([])
 
     def finish(self, name: str, state: str, text: str, note: str = "") -> None:
@@ -111,7 +110,7 @@ class Board:
         head = f"\x1b[{COLOURS[state]}m{self.marks[state]}\x1b[0m" if self.colour else self.marks[state]
         return f"{head} {name:<10} {text:<{room}} {note}".rstrip()
 
-# %% ../../nbs/api/loop/06_flow.ipynb #94c97867
+# %% ../../nbs/api/loop/06_flow.ipynb #3097adc7
 @dataclass
 class Result:
     "What became of each stage."
@@ -134,7 +133,7 @@ def was_refused(outcome: Outcome) -> bool:
     "Whether the gate said no."
     return getattr(outcome.envelope.record, "passed", True) is False
 
-# %% ../../nbs/api/loop/06_flow.ipynb #d20ec67a
+# %% ../../nbs/api/loop/06_flow.ipynb #0df9430a
 class Flow:
     "Stages on their way."
 
@@ -194,7 +193,7 @@ class Flow:
         state = "failed" if was_refused(outcome) else "reused" if outcome.reused else "done"
         self.board.finish(name, state, describe_record(outcome.envelope.record), "reused" if outcome.reused else f"{outcome.seconds:.1f} s")
 
-# %% ../../nbs/api/loop/06_flow.ipynb #404943d0
+# %% ../../nbs/api/loop/06_flow.ipynb #bea95ec3
 def check_targets(settings: Settings, targets: Iterable[str], given: Given) -> dict[str, Stage]:
     "The stages, their names and given parameters checked."
     stages = {name: find_stage(settings, name) for name in targets}
@@ -218,7 +217,7 @@ def run_flow(
     "Run or reuse every stage; errors of stages are collected, not raised."
     return Flow(settings or load_settings(), list(targets), given or {}, force, board or Board(quiet=True), width).run()
 
-# %% ../../nbs/api/loop/06_flow.ipynb #71457062
+# %% ../../nbs/api/loop/06_flow.ipynb #471ce524
 DEMO: dict[str, dict[str, Any]] = {
     "ingest": {"source": "synth"},
     "snapshot": {"message": "the synthetic warehouse"},

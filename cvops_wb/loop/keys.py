@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'Import', 'PURE', 'LEFT_OUT', 'DISTRIBUTIONS', 'HOW', 'SOURCES', 'Piece', 'cut', 'read_settings', 'Code',
-           'read_code', 'Closure', 'list_taken', 'find_module', 'read_module', 'find_version', 'find_device',
+           'parse', 'read_code', 'Closure', 'list_taken', 'find_module', 'read_module', 'find_version', 'find_device',
            'sign_path', 'identify', 'Key', 'make_key']
 
-# %% ../../nbs/api/loop/02_keys.ipynb #11ec9b17
+# %% ../../nbs/api/loop/02_keys.ipynb #b2da1d17
 import ast
 import hashlib
 import os
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import cvops_wb
+from ..core.errors import BadInput
 from ..core.files import dump_json, hash_file, hash_value
 from ..core.records import Envelope
 from ..core.settings import SECTIONS, Settings
 from .stages import Stage
 
-# %% ../../nbs/api/loop/02_keys.ipynb #dc327291
+# %% ../../nbs/api/loop/02_keys.ipynb #170eff54
 PACKAGE = Path(cvops_wb.__file__).parent
 Import = tuple[str, tuple[str, ...]]    # module, names taken; `*` for all of it
 
@@ -49,7 +50,7 @@ def _drop_docstring(node: ast.AST) -> None:
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): return
     if isinstance(node.body[0], ast.Expr) and isinstance(getattr(node.body[0].value, "value", None), str): node.body = node.body[1:] or [ast.Pass()]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #80e30bf8
+# %% ../../nbs/api/loop/02_keys.ipynb #98c9e30c
 def _list_imports(tree: ast.AST, package: str) -> Iterator[Import]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): yield from ((alias.name, ("*",)) for alias in node.names)
@@ -64,7 +65,7 @@ def _list_names(tree: ast.AST) -> Iterator[Import]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"cvops_wb(\.\w+)+(:\w+)?", node.value):
             yield node.value.partition(":")[0], ("*",)
 
-# %% ../../nbs/api/loop/02_keys.ipynb #3f40efe7
+# %% ../../nbs/api/loop/02_keys.ipynb #66ca1472
 def _list_settings(tree: ast.AST) -> Iterator[str]:
     inner = set()
     for node in ast.walk(tree):
@@ -84,7 +85,7 @@ def read_settings(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
     values = {f"{section}.{key}": getattr(getattr(settings, section), key) for section, key in pairs}
     return {key: hash_value(value)[:16] if "://" in str(value) else value for key, value in values.items()}
 
-# %% ../../nbs/api/loop/02_keys.ipynb #5205ae30
+# %% ../../nbs/api/loop/02_keys.ipynb #ed2f3bcb
 PURE = {"dataclass", "cache", "lru_cache", "contextmanager"}    # decorators that tell nobody of what they decorate
 
 @dataclass
@@ -95,10 +96,15 @@ class Code:
     bound: dict[str, Import] = field(default_factory=dict)          # name → the import that brings it
     rooms: dict[str, str] | None = None                             # of a face
 
-def read_code(text: str, package: str = "", whole: bool = False) -> Code:
+def parse(text: str, where: str) -> ast.Module:
+    "Text as a syntax tree; IPython's `%` and `!` lines count as calls. `BadInput` if it is not Python."
+    try: return ast.parse(re.sub(r"^(\s*)([%!].*)$", lambda m: f"{m[1]}_magic({m[2]!r})", text, flags=re.M))
+    except SyntaxError as e: raise BadInput(f"{where} is not Python", got=f"line {e.lineno}: {e.msg}", fix="mend it: nothing was started") from e
+
+def read_code(text: str, package: str = "", whole: bool = False, where: str = "this code") -> Code:
     "Cut a text; relative imports are resolved against `package`; a notebook counts as a `whole`."
     code = Code()
-    for node in ast.parse(re.sub(r"^(\s*)([%!].*)$", lambda m: f"{m[1]}_magic({m[2]!r})", text, flags=re.M)).body:
+    for node in parse(text, where).body:
         names = _list_defined(node)
         if names == ["_rooms"]: code.rooms = ast.literal_eval(node.value)
         if isinstance(node, ast.ImportFrom) and not whole:
@@ -118,7 +124,7 @@ def _list_defined(node: ast.stmt) -> list[str]:
     plain = [n for t in targets for n in (t.elts if isinstance(t, ast.Tuple) else [t])]
     return [n.id for n in plain] if all(isinstance(n, ast.Name) for n in plain) else []
 
-# %% ../../nbs/api/loop/02_keys.ipynb #4b0557cc
+# %% ../../nbs/api/loop/02_keys.ipynb #3bf81555
 LEFT_OUT = ("cvops_wb.loop", "cvops_wb._modidx")
 
 class Closure:
@@ -172,7 +178,7 @@ def list_taken(code: Code, path: Path, names: tuple[str, ...]) -> list[str]:
     members = [p.stem for p in sorted(path.parent.glob("*.py")) if p.stem != "__init__"] if path.name == "__init__.py" else []
     return [*code.pieces, *code.bound, *members]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #5ff6d75b
+# %% ../../nbs/api/loop/02_keys.ipynb #1d39e038
 @cache
 def find_module(name: str, root: Path) -> Path | None:
     "The file of a module of ours or of the workbench; None for a vendor's."
@@ -183,9 +189,9 @@ def find_module(name: str, root: Path) -> Path | None:
 def read_module(name: str, root: Path) -> Code:
     "A module's file, cut into pieces."
     path = find_module(name, root)
-    return read_code(path.read_text(encoding="utf-8"), name if path.name == "__init__.py" else name.rpartition(".")[0])
+    return read_code(path.read_text(encoding="utf-8"), name if path.name == "__init__.py" else name.rpartition(".")[0], where=path.name)
 
-# %% ../../nbs/api/loop/02_keys.ipynb #5a7c75eb
+# %% ../../nbs/api/loop/02_keys.ipynb #e19a9dd3
 DISTRIBUTIONS = {"PIL": "Pillow", "sklearn": "scikit-learn", "cv2": "opencv-python", "yaml": "PyYAML", "skimage": "scikit-image"}
 
 @cache
@@ -212,8 +218,8 @@ def _list_files(path: Path, name: str) -> Iterator[list]:
             if entry.is_dir(): yield from _list_files(Path(entry.path), f"{name}/{entry.name}")
             elif entry.is_file(): yield [f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns]
 
-# %% ../../nbs/api/loop/02_keys.ipynb #03e8fe8a
-HOW = {"dvc", "parent", "message", "pushed", "seconds", "tracking", "ready_s"}
+# %% ../../nbs/api/loop/02_keys.ipynb #d12ce41c
+HOW = {"new", "dvc", "parent", "message", "pushed", "seconds", "tracking", "ready_s"}
 
 def identify(envelope: Envelope) -> str:
     "A hash of what a run found, equal for two runs that found the same."
@@ -221,7 +227,7 @@ def identify(envelope: Envelope) -> str:
     text = dump_json([says, {name: fact["sha256"] for name, fact in envelope.outputs.items()}], indent=None)
     return hashlib.sha256(re.sub(r"\b([a-z_]+)-[0-9a-f]{10}\b", r"\1", text).encode()).hexdigest()
 
-# %% ../../nbs/api/loop/02_keys.ipynb #134269ac
+# %% ../../nbs/api/loop/02_keys.ipynb #3cf339b8
 SOURCES = ("source", "photos", "log", "weights")    # parameters that may name a file or a folder from outside
 
 @dataclass(frozen=True)
@@ -241,8 +247,8 @@ def make_key(
     "The key of a stage with these parameters and inputs."
     service = settings.root/"bentos"/str(parameters.get("service") or "-")
     closure = Closure(settings.root)
-    closure.add(read_code("\n".join(stage.code), whole=True), "notebook")
-    for path in sorted(service.glob("*.py")): closure.add(read_code(path.read_text(encoding="utf-8"), whole=True), path.name)
+    closure.add(read_code("\n".join(stage.code), whole=True, where=stage.path.name), "notebook")
+    for path in sorted(service.glob("*.py")): closure.add(read_code(path.read_text(encoding="utf-8"), whole=True, where=path.name), path.name)
     plain = [hash_file(path) for path in sorted(service.glob("*.yaml"))]
     return Key({
         "stage": stage.name,

@@ -6,7 +6,7 @@
 __all__ = ['Node', 'Book', 'open_book', 'trace_run', 'list_logs', 'find_answers', 'trace_request', 'find_sample', 'trace',
            'read_status', 'find_champion']
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #7f77f1a4
+# %% ../../nbs/api/loop/07_lineage.ipynb #ba42d111
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from ..core.settings import Settings, load_settings
 from .runs import describe_record, list_runs, name_record
 from .stages import list_stages
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #9e9c463b
+# %% ../../nbs/api/loop/07_lineage.ipynb #93c2a035
 @dataclass
 class Node:
     "One thing and what it came from."
@@ -37,7 +37,7 @@ class Node:
             last = k == len(self.children) - 1
             yield from child._draw(rest + ("└── " if last else "├── "), rest + ("    " if last else "│   "))
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #991b5505
+# %% ../../nbs/api/loop/07_lineage.ipynb #4a63d0f5
 @dataclass
 class Book:
     "All finished runs, newest first, and what was unfolded already."
@@ -61,15 +61,15 @@ def open_book(settings: Settings) -> Book:
         except CvopsError: continue
     return Book(settings, found)
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #c0af4730
+# %% ../../nbs/api/loop/07_lineage.ipynb #ad1cc501
 def trace_run(book: Book, run: str) -> Node:
     "A run, its notebook, what it made, and the runs that it started from."
     envelope = book.find(run)
     if not envelope: return Node(run, "its folder is not in reports/ any more")
     if run in book.seen: return Node(run, "(above)")
     book.seen.add(run)
-    folder = f"{book.settings.workbench.reports}/{run}"
-    things = [Node("notebook", f"{folder}/notebook.html"), *_list_things(envelope.record)]
+    page = f"{book.settings.workbench.reports}/{run}/notebook.html"
+    things = [Node("notebook", page if (book.settings.root/page).is_file() else "run by hand, no page"), *_list_things(envelope.record)]
     return Node(run, describe_record(envelope.record), [*things, *(trace_run(book, name) for name in dict.fromkeys(envelope.inputs.values()))])
 
 def _list_things(record: Any) -> Iterator[Node]:
@@ -78,7 +78,7 @@ def _list_things(record: Any) -> Iterator[Node]:
         digest = getattr(record, "manifest_sha256", "") if name == "model" else ""
         if value: yield Node(what, f"{value}  sha256 {digest[:12]}" if digest else value)
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #fc1cd31a
+# %% ../../nbs/api/loop/07_lineage.ipynb #bac20936
 def list_logs(book: Book) -> dict[str, str]:
     "Folder of each prediction log → the bento's run, where it is known."
     live = book.settings.store/"predictions"
@@ -104,7 +104,7 @@ def trace_request(book: Book, row: Any, bento: str) -> Node:
     sample = Node(f"sample {row.id}", "a photograph that no snapshot holds") if known is None else _show_sample(known)
     return Node(f"request {row.request_id}", text, [sample, *(trace_run(book, run) for run in runs)])
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #71eff3e1
+# %% ../../nbs/api/loop/07_lineage.ipynb #09adb7a0
 def find_sample(book: Book, sample: str) -> tuple[Any, list[str]] | None:
     "A sample's row in the newest snapshot that holds it, and the ids of all that do."
     import pandas as pd
@@ -124,7 +124,7 @@ def _show_sample(known: tuple[Any, list[str]]) -> Node:
     things += [Node("sha256", row["sha256"]), Node("snapshots", ", ".join(ids))]
     return Node(f"sample {row['id']}", f"{label}, {row['split']}, {row['width']}×{row['height']}", things)
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #b08b8344
+# %% ../../nbs/api/loop/07_lineage.ipynb #314971d1
 def trace(
     name: str,                          # a run, a request, a bento's tag, a version's number or alias, a snapshot, a sample
     settings: Settings | None = None,
@@ -153,7 +153,7 @@ def _call(book: Book, envelope: Envelope) -> set[str]:
     newest = next(e.run for e in book.of_kind("ModelVersion", passed=True, alias=envelope.record.alias))
     return names if newest == envelope.run else names - {envelope.record.alias}
 
-# %% ../../nbs/api/loop/07_lineage.ipynb #c5fb77b4
+# %% ../../nbs/api/loop/07_lineage.ipynb #eb37bd23
 def read_status(settings: Settings | None = None) -> dict[str, Any]:
     "The newest run of each stage, the champion, the newest snapshot, bento and drift verdict, and what lies about."
     settings = settings or load_settings()

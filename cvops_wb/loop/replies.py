@@ -6,7 +6,7 @@
 __all__ = ['SUMMARY', 'NEXT', 'Reply', 'tell_error', 'print_error', 'explain', 'parse_sets', 'place', 'run_stages',
            'tell_outcome', 'tell_plan', 'summarize']
 
-# %% ../../nbs/api/loop/10_replies.ipynb #6930ae16
+# %% ../../nbs/api/loop/10_replies.ipynb #d13225c4
 import os
 import sys
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from .flow import Board, Step, explain_fault, plan_flow, run_flow
 from .runner import Outcome
 from .runs import describe_record
 
-# %% ../../nbs/api/loop/10_replies.ipynb #9622e0e3
+# %% ../../nbs/api/loop/10_replies.ipynb #06c95253
 @dataclass
 class Reply:
     "What a command has to say."
@@ -28,7 +28,7 @@ class Reply:
     text: str = ""
     code: int = 0
 
-# %% ../../nbs/api/loop/10_replies.ipynb #32393247
+# %% ../../nbs/api/loop/10_replies.ipynb #17e3e91d
 def tell_error(error: Exception) -> dict[str, Any]:
     "An error for JSON."
     kind, got = getattr(error, "origin", "") or type(error).__name__, getattr(error, "got", None)
@@ -54,7 +54,7 @@ def explain(error: Exception) -> Reply:
     print_error(error)
     return Reply({"error": tell_error(error)}, code=error.exit_code)
 
-# %% ../../nbs/api/loop/10_replies.ipynb #3c512966
+# %% ../../nbs/api/loop/10_replies.ipynb #449a2dba
 def parse_sets(sets: list[str]) -> dict[str, str]:
     "`k=v` texts as a dictionary."
     for text in sets:
@@ -84,7 +84,7 @@ def run_stages(
                 "errors": {name: tell_error(error) for name, error in result.errors.items()}}
     return Reply(document, "\n".join(f"  {stage['page']}" for stage in stages), result.exit_code)
 
-# %% ../../nbs/api/loop/10_replies.ipynb #f43d0e34
+# %% ../../nbs/api/loop/10_replies.ipynb #e38c6144
 def tell_outcome(stage: str, outcome: Outcome) -> dict[str, Any]:
     "A finished stage for JSON."
     envelope, reports = outcome.envelope, load_settings().workbench.reports
@@ -96,8 +96,8 @@ def tell_plan(steps: list[Step]) -> Reply:
     rows = [f"{s.state:<6} {s.stage:<10} {s.run or 'after ' + ', '.join(s.after)}" for s in steps]
     return Reply({"plan": [{"stage": s.stage, "run": s.run, "state": s.state, "after": list(s.after)} for s in steps]}, "\n".join(rows))
 
-# %% ../../nbs/api/loop/10_replies.ipynb #5f81036a
-SUMMARY = {"snapshot": "snapshot", "evaluate": "accuracy", "register": "model", "rehearse": "service", "monitor": "drift"}
+# %% ../../nbs/api/loop/10_replies.ipynb #a7acaa19
+SUMMARY = {"snapshot": "snapshot", "evaluate": "test", "register": "model", "rehearse": "service", "monitor": "monitor"}
 NEXT = """  next      cvops serve        the service, with a page to drop images on
             cvops dashboard    all of this at a glance
             cvops status       what stands where"""

@@ -112,9 +112,9 @@ def list_folder(folder: Path) -> list[Shot]:
 
 def make_traffic_folder(settings: Settings, count: int) -> Path:
     "The synthetic warehouse's traffic, kept in the cache."
-    from cvops_wb.data import TrafficSpec, make_traffic
+    from cvops_wb.data import TrafficSpec, hash_drawing, make_traffic
     spec = TrafficSpec(count=count)
-    folder = settings.cache/"synth"/f"traffic-{hash_value(asdict(spec))[:12]}"
+    folder = settings.cache/"synth"/f"traffic-{hash_value([asdict(spec), hash_drawing()])[:12]}"
     part = folder.with_name(f"{folder.name}.part")
     if not folder.is_dir():
         shutil.rmtree(part, ignore_errors=True)

@@ -6,7 +6,7 @@
 __all__ = ['formats', 'IMAGES', 'OTHER_IMAGES', 'SPLITS', 'Item', 'Listing', 'Format', 'is_image_name', 'clean_name',
            'walk_images', 'find_format', 'explain_source']
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #e88ac7e4
+# %% ../../../nbs/api/data/formats/00_init.ipynb #ccdf298b
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ...core.errors import BadInput
 from ...core.registries import Registry
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #cf70bb30
+# %% ../../../nbs/api/data/formats/00_init.ipynb #dc34342e
 @dataclass(frozen=True)
 class Item:
     "One file of a source."
@@ -47,7 +47,7 @@ class Format(Protocol):
 
 formats = Registry("format", package="cvops_wb.data.formats", group="cvops_wb.formats")
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #9bf502db
+# %% ../../../nbs/api/data/formats/00_init.ipynb #3d7c6226
 IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
 OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
@@ -60,7 +60,7 @@ def clean_name(name: str) -> str:
     "A file's name as text that a table can hold: bytes that are no UTF-8 are written out."
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #bcb8c149
+# %% ../../../nbs/api/data/formats/00_init.ipynb #7e781878
 def walk_images(
     root: Path,                     # the source
     skipped: Counter | None = None, # counts the files that are no images, by suffix
@@ -78,14 +78,14 @@ def walk_images(
 
 def _make_item(root: Path, path: Path) -> Item:
     name = clean_name(path.relative_to(root).as_posix())
-    try: inside = path.resolve().is_relative_to(root)
+    try: place = path.resolve()
     except (OSError, RuntimeError) as e: return Item(name, None, problem="unreadable", detail=str(e))
-    if not inside: return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
+    if not place.is_relative_to(root): return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
     if path.is_symlink() and path.is_dir(): return Item(name, None, problem="link_to_folder", detail="links to folders are not followed")
     if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
-    return Item(name, path)
+    return Item(name, place)
 
-# %% ../../../nbs/api/data/formats/00_init.ipynb #5796aacf
+# %% ../../../nbs/api/data/formats/00_init.ipynb #a41fe072
 def find_format(
     source: str,            # what the person gave
     name: str = "auto",     # a format's name, or `auto` to look

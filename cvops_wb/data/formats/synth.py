@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...core.errors import UnknownName, WrongUsage
-from ...core.files import hash_file, hash_value, write_atomic
+from ...core.files import hash_value, write_atomic
 from ...core.settings import Settings, load_settings, parse_value
 from . import Listing, formats
 from .folder import Folder
@@ -41,7 +41,7 @@ def prepare_warehouse(
     "The folder with the photographs, made if the cache does not hold it whole."
     from cvops_wb.data import synthesis
     settings, spec = settings or load_settings(), parse_source(source)
-    folder = settings.cache/"synth"/hash_value([asdict(spec), hash_file(synthesis.__file__)])[:16]
+    folder = settings.cache/"synth"/hash_value([asdict(spec), synthesis.hash_drawing()])[:16]
     if (folder/".complete").is_file(): return folder
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Colour', 'CATALOGUE', 'SHAPES', 'TALL', 'YAWS', 'LIGHTS', 'Shape', 'Sku', 'find_twin', 'draw_product']
 
-# %% ../../../nbs/api/data/scenery/00_init.ipynb #6a6986e7
+# %% ../../../nbs/api/data/scenery/00_init.ipynb #71c66431
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +16,7 @@ from ...core.registries import Registry
 
 if TYPE_CHECKING: from PIL import Image
 
-# %% ../../../nbs/api/data/scenery/00_init.ipynb #472b4857
+# %% ../../../nbs/api/data/scenery/00_init.ipynb #c1b44cbd
 Colour = tuple[int, int, int]   # RGB, 0…255
 
 @dataclass(frozen=True)
@@ -34,30 +34,30 @@ class Sku:
     size: tuple[float, float, float]    # width, height, depth in millimetres
     content: str = ""                   # net quantity, as printed
 
-# %% ../../../nbs/api/data/scenery/00_init.ipynb #79ce5def
+# %% ../../../nbs/api/data/scenery/00_init.ipynb #626b9946
 _CREAM, _PINE, _COLA, _WHITE, _COAL, _LINEN = (243, 236, 222), (24, 66, 50), (186, 22, 34), (250, 249, 244), (38, 37, 40), (246, 232, 204)
 CATALOGUE = {sku.name: sku for sku in (
     Sku("oat-milk-1l", "carton", "havre", "OAT DRINK", "ORIGINAL", "oat", _CREAM, (66, 104, 150), (36, 48, 74), (74, 236, 70), "1 L"),
-    Sku("oat-barista-1l", "carton", "havre", "OAT DRINK", "BARISTA", "cup", _CREAM, (72, 96, 128), (36, 48, 74), (74, 236, 70), "1 L"),
-    Sku("green-tea-20", "box", "linden", "GREEN TEA", "SENCHA", "leaf", _PINE, (150, 176, 74), (240, 226, 180), (132, 118, 66), "20 bags"),
-    Sku("mint-tea-20", "box", "linden", "MINT TEA", "GARDEN", "mint", _PINE, (112, 178, 112), (240, 226, 180), (132, 118, 66), "20 bags"),
+    Sku("oat-barista-1l", "carton", "havre", "OAT DRINK", "BARISTA", "cup", _CREAM, (136, 92, 66), (36, 48, 74), (74, 236, 70), "1 L"),
+    Sku("green-tea-20", "box", "linden", "GREEN TEA", "SENCHA", "leaf", _PINE, (168, 184, 66), (240, 226, 180), (132, 118, 66), "20 bags"),
+    Sku("mint-tea-20", "box", "linden", "MINT TEA", "GARDEN", "mint", _PINE, (104, 184, 150), (240, 226, 180), (132, 118, 66), "20 bags"),
     Sku("cola-330", "can", "volt", "COLA", "CLASSIC", "bolt", _COLA, (250, 246, 240), (255, 255, 255), (60, 134, 60), "330 ml"),
     Sku("cola-zero-330", "can", "volt", "COLA", "ZERO", "bolt", _COLA, (30, 26, 30), (255, 255, 255), (60, 134, 60), "330 ml"),
-    Sku("orange-juice-1l", "bottle", "sole", "ORANGE", "pressed", "orange", _WHITE, (240, 138, 24), (40, 84, 46), (84, 248, 84), "1 L"),
-    Sku("mango-juice-1l", "bottle", "sole", "MANGO", "pressed", "mango", _WHITE, (238, 152, 34), (40, 84, 46), (84, 248, 84), "1 L"),
+    Sku("orange-juice-1l", "bottle", "sole", "ORANGE", "pressed", "orange", _WHITE, (240, 130, 20), (40, 84, 46), (84, 248, 84), "1 L"),
+    Sku("mango-juice-1l", "bottle", "sole", "MANGO", "pressed", "mango", _WHITE, (246, 172, 44), (150, 54, 40), (84, 248, 84), "1 L"),
     Sku("coffee-250", "pouch", "nord", "COFFEE", "DARK ROAST", "bean", _COAL, (196, 120, 62), (238, 228, 212), (116, 200, 60), "250 g"),
-    Sku("decaf-250", "pouch", "nord", "COFFEE", "DECAF", "beans", _COAL, (176, 128, 84), (238, 228, 212), (116, 200, 60), "250 g"),
+    Sku("decaf-250", "pouch", "nord", "COFFEE", "DECAF", "beans", _COAL, (112, 150, 146), (238, 228, 212), (116, 200, 60), "250 g"),
     Sku("tomato-soup-400", "tin", "nonna", "TOMATO", "soup", "tomato", _LINEN, (184, 38, 28), (74, 30, 22), (78, 112, 78), "400 g"),
-    Sku("pepper-soup-400", "tin", "nonna", "PEPPER", "soup", "pepper", _LINEN, (190, 56, 26), (74, 30, 22), (78, 112, 78), "400 g"),
+    Sku("pepper-soup-400", "tin", "nonna", "PEPPER", "soup", "pepper", _LINEN, (204, 92, 28), (74, 30, 22), (78, 112, 78), "400 g"),
 )}
 
-# %% ../../../nbs/api/data/scenery/00_init.ipynb #fc365d0e
+# %% ../../../nbs/api/data/scenery/00_init.ipynb #0e98eb03
 def find_twin(name: str) -> str:
     "The other flavour of the same brand; `UnknownName` if there is no such product."
     if name not in CATALOGUE: raise UnknownName("product", name, CATALOGUE)
     return next(other for other, sku in CATALOGUE.items() if sku.brand == CATALOGUE[name].brand and other != name)
 
-# %% ../../../nbs/api/data/scenery/00_init.ipynb #3c074e5c
+# %% ../../../nbs/api/data/scenery/00_init.ipynb #7c409554
 SHAPES = Registry("shape of a package", "cvops_wb.data.scenery")
 TALL = 288                              # pixels of a package's height in a cut-out
 YAWS = (-.6, -.3, 0., .3, .6)           # radians by which a package may be turned

@@ -8,7 +8,7 @@ __all__ = ['OVER', 'EMBLEMS', 'WHITE', 'STRAW', 'LEAF', 'DARK', 'LAYOUTS', 'load
            'draw_tomato', 'draw_pepper', 'draw_label', 'draw_emblem', 'lay_out_havre', 'lay_out_linden', 'lay_out_volt',
            'lay_out_sole', 'lay_out_nord', 'lay_out_nonna']
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #3ac28754
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #7002a2f2
 from collections.abc import Sequence
 from functools import cache
 from math import cos, pi, sin
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ...core.registries import Registry
 from . import Colour, Sku
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #6c189756
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #ecb1be95
 OVER = 3    # times too large
 
 @cache
@@ -68,7 +68,7 @@ def _set_letters(text: str, size: int, stroke: int, slant: float) -> Image.Image
     for letter, step in zip(text, steps): ImageDraw.Draw(mask).text((lean + step, 1 - top), letter, 255, font, stroke_width=stroke)
     return mask.transform(mask.size, Image.Transform.AFFINE, (1, slant, -slant*mask.height/2, 0, 1, 0), Image.Resampling.BILINEAR) if slant else mask
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #0873ac56
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #b06df8ef
 EMBLEMS = Registry("emblem")
 
 def oval(x: float, y: float, length: float, width: float, angle: float, point: float = 1.) -> list[tuple[float, float]]:
@@ -81,7 +81,7 @@ def mix(first: Colour, second: Colour, share: float) -> Colour:
     "A colour between two; share = 1 is the second."
     return tuple(round(a + (b - a)*share) for a, b in zip(first, second))
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #ea9e1420
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #fa81304a
 WHITE, STRAW, LEAF, DARK = (252, 250, 244), (206, 160, 84), (92, 142, 58), (40, 28, 22)
 
 @EMBLEMS.register("oat")
@@ -128,7 +128,7 @@ def draw_mint(pen: Pen, x: float, y: float, r: float) -> None:
             pen.shape(oval(*at, size*r, size*.62*r, angle, .3), tone)
     pen.shape(oval(x, y - .9*r, .4*r, .3*r, -pi/2, .3), green)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #222b8ecd
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #1a470809
 @EMBLEMS.register("bolt")
 def draw_bolt(pen: Pen, x: float, y: float, r: float) -> None:
     "A flash of lightning."
@@ -146,7 +146,8 @@ def draw_orange(pen: Pen, x: float, y: float, r: float) -> None:
 def draw_mango(pen: Pen, x: float, y: float, r: float) -> None:
     "A whole fruit, red where the sun was, and a cube-cut half before it."
     pen.shape(oval(x + .65*r, y - 1.0*r, .95*r, .4*r, -.4, .6), LEAF)
-    for k in range(8): pen.shape(oval(x - .1*r + .03*k*r, y - .1*r + .035*k*r, (1.95 - .16*k)*r, (1.6 - .17*k)*r, -.7, .05), mix((214, 84, 40), (252, 188, 52), k/7))
+    for k in range(8):
+        pen.shape(oval(x + (.03*k - .1)*r, y + (.035*k - .1)*r, (1.95 - .16*k)*r, (1.6 - .17*k)*r, -.7, .05), mix((214, 84, 40), (252, 188, 52), k/7))
     pen.shape(oval(x + .3*r, y + .5*r, 1.3*r, .95*r, -.35, .1), (255, 205, 84))
     for k in (-.3, 0., .3):
         pen.line([(x + (.3 + k - .35)*r, y + .62*r), (x + (.3 + k + .3)*r, y + .3*r)], (232, 140, 24), .05*r)
@@ -183,7 +184,7 @@ def draw_pepper(pen: Pen, x: float, y: float, r: float) -> None:
     pen.shape(oval(x, y - .62*r, .9*r, .3*r, 0, .3), LEAF)
     pen.line([(x, y - .62*r), (x + .04*r, y - .85*r), (x + .2*r, y - 1.05*r)], LEAF, .16*r)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #f62da45c
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #2f025b34
 LAYOUTS = Registry("layout of a label")
 
 @cache
@@ -198,13 +199,13 @@ def draw_label(
     return pen.finish()
 
 def draw_emblem(pen: Pen, sku: Sku, x: float, y: float, r: float) -> None:
-    "The emblem of a SKU around (x, y), of radius r."
+    "The emblem of a product around (x, y), of radius r."
     EMBLEMS[sku.emblem](pen, x, y, r)
 
 def _small_print(pen: Pen, x: float, y: float, width: float, lines: int, fill: Colour) -> None:
     for k in range(lines): pen.line([(x, y + .035*k), (x + width*(1 - .13*(k*5 % 3)), y + .035*k)], fill, .011)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #37d35592
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #a9a74d1e
 @LAYOUTS.register("havre")
 def lay_out_havre(pen: Pen, sku: Sku) -> None:
     "Oat drink: a calm cream field above rolling hills."
@@ -237,7 +238,7 @@ def lay_out_linden(pen: Pen, sku: Sku) -> None:
     pen.write(sku.title, .5, .8225*h, .105, sku.ground, bold=.05, most=.66, spread=1.1)
     for x, text in ((.15, sku.note), (.85, sku.content)): pen.write(text, x, .55*h, .045, sku.ink, most=.2)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #68ef81bc
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #b994cd72
 @LAYOUTS.register("volt")
 def lay_out_volt(pen: Pen, sku: Sku) -> None:
     "Cola: a swoosh across, the name on end."
@@ -265,21 +266,21 @@ def lay_out_sole(pen: Pen, sku: Sku) -> None:
     pen.write(sku.title, .5, .845*h, .13, sku.ground, bold=.04, most=.74, spread=1.1)
     pen.write(f"100 % {sku.note} · {sku.content}", .5, .945*h, .06, sku.ground)
 
-# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #76d7474f
+# %% ../../../nbs/api/data/scenery/01_artwork.ipynb #3b9d1112
 @LAYOUTS.register("nord")
 def lay_out_nord(pen: Pen, sku: Sku) -> None:
     "Coffee: a sun behind two mountains on black."
     h = pen.tall
-    pen.disc(.5, .36*h, .27, sku.accent)
+    pen.disc(.5, .37*h, .3, sku.accent)
     for left, peak, right, tall, share in ((-.1, .3, .68, .3, .1), (.3, .7, 1.1, .36, .2)):
         foot, top = .52*h, .52*h - tall
         pen.shape([(left, foot), (peak, top), (right, foot)], mix(sku.ground, WHITE, share))
         pen.shape([(peak, top), (peak + .13, top + .12), (peak + .04, top + .09), (peak - .03, top + .14), (peak - .13, top + .12)], sku.ink)
     pen.box(0, .52*h, 1, .525*h, sku.accent)
-    pen.write("NORD", .5, .14*h, .2, sku.ink, bold=.03, spread=1.35, most=.72)
+    pen.write("NORD", .5, .125*h, .2, sku.ink, bold=.03, spread=1.35, most=.72)
     draw_emblem(pen, sku, .5, .635*h, .13)
     pen.write(sku.title, .5, .76*h, .13, sku.ink, bold=.02, spread=1.15, most=.76)
-    pen.box(.18, .82*h, .82, .875*h, sku.accent, .02)
+    pen.box(0, .815*h, 1, .88*h, sku.accent)
     pen.write(sku.note, .5, .8475*h, .068, sku.ground, bold=.03, most=.56)
     pen.write(sku.content, .5, .935*h, .065, sku.ink)
 

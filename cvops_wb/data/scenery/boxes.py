@@ -6,7 +6,7 @@
 __all__ = ['PITCH', 'FAR', 'project', 'solve_perspective', 'light_face', 'draw_faces', 'draw_side', 'list_faces', 'draw_box',
            'draw_carton', 'draw_seam', 'add_cap']
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #2bbcc215
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #2d42921b
 from collections.abc import Sequence
 from math import cos, sin
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from . import SHAPES, TALL, Colour, Sku
 from .artwork import Pen, draw_label, mix
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #31da7e04
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #17dedcb5
 PITCH, FAR = .13, 820.      # radians downwards, millimetres
 
 def project(
@@ -37,7 +37,7 @@ def solve_perspective(
     rows = [row for (x, y), (u, v) in zip(there, here) for row in ([x, y, 1, 0, 0, 0, -u*x, -u*y], [0, 0, 0, x, y, 1, -v*x, -v*y])]
     return np.linalg.solve(np.array(rows), np.asarray(here, float).reshape(8)).tolist()
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #03f66aaa
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #783d222d
 def light_face(picture: Image.Image, corners: np.ndarray, yaw: float, light: int) -> Image.Image:
     "A face's picture under a light from the left (-1) or the right (1)."
     normal = np.cross(corners[1] - corners[3], corners[0] - corners[2])     # of the diagonals: a triangle has them too
@@ -45,7 +45,8 @@ def light_face(picture: Image.Image, corners: np.ndarray, yaw: float, light: int
     x, z = x*cos(yaw) + z*sin(yaw), z*cos(yaw) - x*sin(yaw)
     shade = .46 + .62*max(0., .52*light*x + .5*y + .69*z)
     slope = np.linspace(1.06, .9, picture.height)[:, None]*np.linspace(1 - .07*light, 1 + .07*light, picture.width)[None]
-    return Image.fromarray((np.asarray(picture)*(shade*slope)[..., None]).clip(0, 255).astype(np.uint8))
+    gain = (shade*slope).astype(np.float32)[..., None].repeat(3, 2)
+    return Image.fromarray((np.asarray(picture)*gain).clip(0, 255).astype(np.uint8))
 
 def draw_faces(
     faces: Sequence[tuple[Image.Image, np.ndarray]],    # pictures and their corners (4, 3): upper left, upper right, lower right, lower left
@@ -75,7 +76,7 @@ def _paste_face(sheet: Image.Image, picture: Image.Image, quad: np.ndarray) -> N
     ImageDraw.Draw(mask).polygon([tuple(p) for p in (quad - (left, top)).tolist()], 255)
     sheet.paste(picture.transform(size, Image.Transform.PERSPECTIVE, numbers, Image.Resampling.BILINEAR), (int(left), int(top)), mask)
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #463f289a
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #750b8e95
 def draw_side(sku: Sku, width: int, height: int) -> Image.Image:
     "The side of a package, flat."
     pen = Pen(width, height, mix(sku.ground, (0, 0, 0), .06))
@@ -91,14 +92,15 @@ def _plain(colour: Colour) -> Image.Image: return Image.new("RGB", (16, 16), col
 
 def _corners(*points: Sequence[float]) -> np.ndarray: return np.array(points, float)
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #4fae703b
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #d59e005b
 def list_faces(sku: Sku, high: float) -> list[tuple[Image.Image, np.ndarray]]:
     "Right, left and front of an upright block of the product's width and depth."
     w, _, d = (value/2 for value in sku.size)
     scale = 1.25*TALL/sku.size[1]
     front = draw_label(sku, round(2*w*scale), round(high*scale))
     side = draw_side(sku, round(2*d*scale), round(high*scale))
-    return [(side, _corners((w, high, d), (w, high, -d), (w, 0, -d), (w, 0, d))), (side, _corners((-w, high, -d), (-w, high, d), (-w, 0, d), (-w, 0, -d))),
+    return [(side, _corners((w, high, d), (w, high, -d), (w, 0, -d), (w, 0, d))),
+            (side, _corners((-w, high, -d), (-w, high, d), (-w, 0, d), (-w, 0, -d))),
             (front, _corners((-w, high, d), (w, high, d), (w, 0, d), (-w, 0, d)))]
 
 @SHAPES.register("box")
@@ -121,7 +123,7 @@ def draw_carton(sku: Sku, yaw: float, light: int) -> Image.Image:
     sheet = draw_faces([*gable, *list_faces(sku, high), (_plain(tone), roof), (draw_seam(sku), seam)], tall, yaw, light)
     return add_cap(sheet, sku, project([(0, (ridge + high)/2, d/2)], yaw)[0]*TALL/tall, light)
 
-# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #b5fc3c42
+# %% ../../../nbs/api/data/scenery/02_boxes.ipynb #7ea99bb1
 def draw_seam(sku: Sku) -> Image.Image:
     "The crimped edge on top of a carton."
     pen = Pen(160, 24, mix(sku.ground, (255, 255, 255), .3))
@@ -139,7 +141,8 @@ def add_cap(
     cap = Image.new("RGBA", (round(2*r)*over, round(2.2*r)*over))
     pen, (w, h) = ImageDraw.Draw(cap), cap.size
     pen.ellipse((0, .34*h, w - 1, h - 1), mix(sku.accent, (0, 0, 0), .45))
-    for k in range(w): pen.line([(k, .42*h), (k, h*(.66 + .3*(1 - (2*k/w - 1)**2)**.5))], mix(sku.accent, (0, 0, 0), .12 + .34*abs(k/w - .5 - .2*light)))
+    for k in range(w):
+        pen.line([(k, .42*h), (k, h*(.66 + .3*(1 - (2*k/w - 1)**2)**.5))], mix(sku.accent, (0, 0, 0), .12 + .34*abs(k/w - .5 - .2*light)))
     pen.ellipse((0, .08*h, w - 1, .74*h), mix(sku.accent, (255, 255, 255), .3))
     pen.ellipse((.13*w, .16*h, .87*w, .66*h), mix(sku.accent, (255, 255, 255), .12))
     cap = cap.reduce(over)

@@ -6,7 +6,7 @@
 __all__ = ['CAMERAS', 'MARGIN', 'Camera', 'Conditions', 'imagine_conditions', 'imagine_night', 'frame_size', 'point_lens',
            'smear', 'bend_tones', 'draw_corners', 'draw_noise', 'develop', 'write_exif', 'encode', 'take_photograph']
 
-# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #5d33c632
+# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #7f454bda
 import io
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from .boxes import solve_perspective
 
-# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #c8fbee49
+# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #6f189e8e
 @dataclass(frozen=True)
 class Camera:
     "What a camera does to light."
@@ -32,9 +32,9 @@ class Camera:
     tilt: float                             # how far corners are off, as a share of the width
 
 CAMERAS = (
-    Camera("Heron S2", "aisle-a", (432, 324), (1., 1., 1.), .35, 3.4, .22, 86, .02),
-    Camera("Heron W4", "aisle-b", (384, 288), (1.13, 1.0, .84), .5, 4.6, .38, 87, .034),
-    Camera("Kestrel Mini", "aisle-c", (336, 252), (.9, 1.01, 1.12), .7, 5.6, .3, 89, .026),
+    Camera("Heron S2", "aisle-a", (416, 352), (1., 1., 1.), .35, 3.4, .22, 86, .02),
+    Camera("Heron W4", "aisle-b", (368, 312), (1.13, 1.0, .84), .5, 4.6, .38, 87, .034),
+    Camera("Kestrel Mini", "aisle-c", (320, 272), (.9, 1.01, 1.12), .7, 5.6, .3, 89, .026),
 )
 
 @dataclass(frozen=True)
@@ -48,16 +48,17 @@ class Conditions:
 
 def imagine_conditions(rng: np.random.Generator) -> Conditions:
     "An ordinary hour in the warehouse."
-    blur = abs(rng.normal(0, .7)) if rng.random() < .8 else rng.uniform(1.2, 2.4)
+    blur = abs(rng.normal(0, .7)) if rng.random() < .85 else rng.uniform(1.2, 2.2)
     motion = rng.uniform(3, 9) if rng.random() < .12 else 0.
-    return Conditions(round(float(rng.normal(-.1, .5)), 3), round(float(rng.normal(0, .35)), 3), round(float(blur), 3), round(float(motion), 3), round(float(rng.uniform(.8, 1.3)), 3))
+    return _state(rng.normal(-.05, .42), rng.normal(0, .3), blur, motion, rng.uniform(.8, 1.3))
 
 def imagine_night(rng: np.random.Generator) -> Conditions:
     "The night shift: emergency light, dark and warm; a long exposure and a lens that nobody wiped."
-    return Conditions(round(float(rng.normal(-1.75, .25)), 3), round(float(rng.normal(1.15, .12)), 3), round(float(rng.uniform(1.3, 2.4)), 3),
-                      round(float(rng.uniform(0, 5)), 3), round(float(rng.uniform(1.4, 1.9)), 3))
+    return _state(rng.normal(-1.75, .25), rng.normal(1.15, .12), rng.uniform(1.3, 2.4), rng.uniform(0, 5), rng.uniform(1.4, 1.9))
 
-# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #31a71240
+def _state(*values: float) -> Conditions: return Conditions(*(round(float(value), 3) for value in values))
+
+# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #0d4f1b7b
 MARGIN = .07    # of a scene that the lens may cut off, as a share of each side
 
 def frame_size(camera: Camera) -> tuple[int, int]:
@@ -67,10 +68,10 @@ def frame_size(camera: Camera) -> tuple[int, int]:
 def point_lens(scene: Image.Image, camera: Camera, rng: np.random.Generator) -> Image.Image:
     "What a camera that hangs a little askew sees of a scene."
     (width, height), (wide, tall) = camera.size, scene.size
-    here = np.array([(0, 0), (width, 0), (width, height), (0, height)], float) + ((wide - width)/2, (tall - height)/2)
-    here += np.clip(rng.normal(0, camera.tilt, (4, 2))*width, -MARGIN*width, MARGIN*width) + np.clip(rng.normal(0, .02, 2)*width, -.04*width, .04*width)
     there = np.array([(0, 0), (width, 0), (width, height), (0, height)], float)
-    return scene.transform(camera.size, Image.Transform.PERSPECTIVE, solve_perspective(there, np.clip(here, (0, 0), (wide, tall))), Image.Resampling.BILINEAR)
+    tilt, shift = np.clip(rng.normal(0, camera.tilt, (4, 2)), -MARGIN, MARGIN), np.clip(rng.normal(0, .012, 2), -.03, .03)
+    here = np.clip(there + ((wide - width)/2, (tall - height)/2) + (tilt + shift)*width, (0, 0), (wide, tall))
+    return scene.transform(camera.size, Image.Transform.PERSPECTIVE, solve_perspective(there, here), Image.Resampling.BILINEAR)
 
 def smear(image: Image.Image, camera: Camera, conditions: Conditions) -> Image.Image:
     "Blur of the lens, the focus and the moment, as one box with the same variance."
@@ -87,7 +88,7 @@ def bend_tones(camera: Camera, conditions: Conditions) -> list[int]:
         tones.append(255*(light*1.18/(1 + .18*light**1.5)).clip(0, 1)**(1/2.2))
     return np.concatenate(tones).round().astype(int).tolist()
 
-# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #13f63f0b
+# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #6795c5c0
 @cache
 def draw_corners(camera: Camera) -> np.ndarray:
     "How much light reaches each pixel, (H, W, 3)."
@@ -113,7 +114,7 @@ def develop(image: Image.Image, camera: Camera, conditions: Conditions, rng: np.
     pixels += strength*tile[top:top + height, left:left + width]
     return Image.fromarray(pixels.clip(0, 255, out=pixels).astype(np.uint8))
 
-# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #5e4611b5
+# %% ../../../nbs/api/data/scenery/06_cameras.ipynb #e266dd92
 def write_exif(camera: Camera, taken: datetime) -> Image.Exif:
     "Who took it, and when."
     exif, time = Image.Exif(), taken.strftime("%Y:%m:%d %H:%M:%S")

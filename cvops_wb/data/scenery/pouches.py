@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_creases', 'make_relief', 'shade_relief', 'fold_foil', 'draw_pouch']
 
-# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #5e034fea
+# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #4039cad0
 from functools import cache
 from math import cos, sin
 
@@ -15,7 +15,7 @@ from PIL import Image
 from . import SHAPES, TALL, Sku
 from .artwork import draw_label
 
-# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #7978a0cc
+# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #bbb07f83
 def draw_creases(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     "Smooth noise (height, width), about -1…1: long waves across, short ones down."
     total = np.zeros((height, width), np.float32)
@@ -31,7 +31,7 @@ def make_relief(x: np.ndarray, y: np.ndarray, creases: np.ndarray) -> np.ndarray
     seal = .012*np.sin(y*400)*(y < .065)
     return .5*belly + .036*creases*(1.25 - loose) + seal
 
-# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #1bc1a0f9
+# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #d58fec11
 def shade_relief(relief: np.ndarray, step: float, light: int) -> tuple[np.ndarray, np.ndarray]:
     "Brightness and shine (H, W, 1) of a relief; `step` is a pixel in its units."
     down, across = np.gradient(relief, step)
@@ -40,7 +40,7 @@ def shade_relief(relief: np.ndarray, step: float, light: int) -> tuple[np.ndarra
     mirror = np.clip(.95 - .3*light*across - .25*down, 0, None)/length
     return (.42 + .64*facing)[..., None], np.minimum(mirror, 1)[..., None]**26
 
-# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #e9c10d87
+# %% ../../../nbs/api/data/scenery/04_pouches.ipynb #391f2579
 @cache
 def fold_foil(seed: int, share: float) -> tuple[np.ndarray, ...]:
     "Relief, x, y and the inside of a pouch `share` as wide as tall, (H, W) each, twice too large."

@@ -7,7 +7,7 @@ __all__ = ['TILT', 'METAL', 'SHOULDERS', 'Surface', 'trace_body', 'smooth', 'sha
            'within', 'cut_out', 'draw_metal', 'print_can', 'draw_can', 'draw_tin', 'draw_juice', 'draw_cap',
            'draw_bottle']
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #5160e478
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #fbc51b82
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import pi
@@ -18,7 +18,7 @@ from PIL import Image
 from . import SHAPES, TALL, Colour, Sku
 from .artwork import draw_label, mix
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #44c67d23
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #256ec14a
 TILT = .13      # height of a circle's ellipse over its width
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     "A running mean, the ends kept."
     return np.convolve(np.pad(values, width, mode="edge"), np.ones(2*width + 1)/(2*width + 1), "valid")
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #a11ef1bd
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #bd48e099
 @cache
 def shade_body(surface: Surface, light: int) -> np.ndarray:
     "How bright matter is, (H, W, 1), about 1 where it faces the light."
@@ -82,7 +82,7 @@ def gleam(surface: Surface, light: int) -> np.ndarray:
     strips = np.interp(surface.side*light, *zip(*METAL)).astype(np.float32)
     return (strips*(.85 + .3*surface.slope))[..., None]
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #d7d5def6
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #eccb03b3
 def wrap_label(surface: Surface, sku: Sku, top: float, bottom: float, yaw: float) -> np.ndarray:
     "The label's colours (H, W, 3) around the body between two heights."
     scale = 1.4*TALL/surface.tall
@@ -100,7 +100,7 @@ def cut_out(colours: np.ndarray, alpha: np.ndarray) -> Image.Image:
     "Colours (H, W, 3) and opacity (H, W), twice too large, as a cut-out."
     return Image.fromarray(np.dstack([colours.clip(0, 255), alpha*255]).astype(np.uint8), "RGBA").reduce(2)
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #69834f1b
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #94448e3e
 @cache
 def draw_metal(surface: Surface, light: int, lid: float) -> tuple[np.ndarray, np.ndarray]:
     "A bare can with a lid of a radius: colours (H, W, 3), and where it is seen (H, W)."
@@ -134,8 +134,9 @@ def draw_tin(sku: Sku, yaw: float, light: int) -> Image.Image:
     profile = ((0, .5*w), (3.2, .5*w), (3.6, .485*w), (tall - 3.6, .485*w), (tall - 3.2, .5*w), (tall, .5*w))
     return print_can(sku, yaw, light, trace_body(profile), .5*w, (7, tall - 7), .1)
 
-# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #ea1af2cd
-SHOULDERS = ((0, .185), (17, .185), (17.5, .175), (21, .205), (21.5, .165), (34, .17), (56, .35), (76, .48), (86, .5), (90, .49), (186, .49), (190, .5), (200, .5))
+# %% ../../../nbs/api/data/scenery/03_rounds.ipynb #87b61573
+SHOULDERS = ((0, .185), (17, .185), (17.5, .175), (21, .205), (21.5, .165), (34, .17), (56, .35), (76, .48), (86, .5), (90, .49),
+             (186, .49), (190, .5), (200, .5))
 
 @cache
 def draw_juice(surface: Surface, light: int, colour: Colour) -> np.ndarray:

@@ -7,7 +7,7 @@ __all__ = ['AISLES', 'PANEL', 'CARDS', 'OBSTACLES', 'SOFT', 'Aisle', 'draw_panel
            'Placement', 'Scene', 'imagine_scene', 'draw_scene', 'place', 'draw_blot', 'draw_shadows', 'draw_rail',
            'draw_upper_shelf', 'hide']
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #c6153f59
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #11feb487
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from . import CATALOGUE, LIGHTS, TALL, YAWS, Colour, draw_product, find_twin
 from .artwork import Pen, mix
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #5cc3de4c
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #9b6bc4e8
 @dataclass(frozen=True)
 class Aisle:
     "What the shelf is made of."
@@ -58,7 +58,7 @@ def draw_board(aisle: Aisle) -> Image.Image:
     tone = np.linspace(.45, 1.04, 64)[:, None]*(1 + (.05 if aisle.name == "oak" else .02)*grain)
     return Image.fromarray((tone[..., None]*np.array(aisle.board)).clip(0, 255).astype(np.uint8))
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #79b073d6
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #8a67dc98
 @cache
 def draw_tag(number: int, width: int) -> Image.Image:
     "A price tag, twice as wide as tall; one in four is an offer in yellow."
@@ -85,7 +85,7 @@ def draw_card(number: int) -> Image.Image:
     sheet.paste(pen.finish(), (4, 2), mask.reduce(4))
     return sheet
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #670d35d5
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #ebb26bbf
 @dataclass(frozen=True)
 class Placement:
     "One package in a scene; pixels."
@@ -108,7 +108,8 @@ class Scene:
     aisle: Aisle
     light: int              # -1 from the left, 1 from the right
     foot: float             # where the front row stands, as a share of the height
-    front: tuple[Placement, ...]
+    front: tuple[Placement, ...]    # the last is what it is a photograph of
+    before: tuple[Placement, ...]   # pushed forward, over the others
     back: tuple[Placement, ...]
     below: tuple[Placement, ...]
     hidden: str = ""        # what stands in the way: card, neighbour, post, glare, or nothing
@@ -117,7 +118,7 @@ class Scene:
     @property
     def main(self) -> Placement: return self.front[-1]
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #25b8acf9
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #b1117fb7
 OBSTACLES = ("", "card", "neighbour", "post", "glare")
 
 def imagine_scene(
@@ -128,15 +129,16 @@ def imagine_scene(
 ) -> Scene:
     "A shelf as chance leaves it."
     (width, height), (wide, tall, _) = size, CATALOGUE[sku].size
-    scale = min(rng.uniform(.5, .74)*height/tall, .58*width/wide)      # pixels a millimetre
-    foot = rng.uniform(.76, .86)
-    main = Placement(sku, _pick_yaw(rng, 1.), width*(.5 + rng.uniform(-.08, .08)), height*foot, tall*scale, _pick_lean(rng))
+    scale = min(rng.uniform(.6, .82)*height/tall, .62*width/wide)      # pixels a millimetre
+    foot = rng.uniform(.78, .88)
+    main = Placement(sku, _pick_yaw(rng, 1.), width*(.5 + rng.uniform(-.05, .05)), height*foot, tall*scale, _pick_lean(rng))
     row, gaps = (sum(parts, []) for parts in zip(*(_fill_row(rng, main, side, stock, scale, width) for side in (-1, 1))))
-    hidden = str(rng.choice(OBSTACLES, p=(.56, .13, .12, .09, .1)))
-    if hidden == "neighbour" and row: row, main = [*row[1:], main], _push_forward(rng, row[0], main)
+    hidden = str(rng.choice(OBSTACLES, p=(.62, .12, .09, .07, .1)))
+    before, row = ([_push_forward(rng, row[0], main)], row[1:]) if hidden == "neighbour" and row else ([], row)
     back = [_step_back(rng, p, scale) for p in (*row, *gaps) if p in gaps or rng.random() < .3]
     below = _fill_below(rng, stock, scale, size)
-    return Scene(sku, size, AISLES[rng.integers(len(AISLES))], int(rng.choice(LIGHTS)), foot, (*row, main), tuple(back), below, hidden, int(rng.integers(1 << 30)))
+    aisle, light, detail = AISLES[rng.integers(len(AISLES))], int(rng.choice(LIGHTS)), int(rng.integers(1 << 30))
+    return Scene(sku, size, aisle, light, foot, (*row, main), tuple(before), tuple(back), below, hidden, detail)
 
 def _pick_yaw(rng: np.random.Generator, spread: float) -> float:
     return YAWS[int(rng.choice(len(YAWS), p=np.array((.14, .22, .28, .22, .14))))] if rng.random() < spread else 0.
@@ -145,15 +147,16 @@ def _pick_lean(rng: np.random.Generator) -> float:
     if rng.random() < .04: return float(rng.choice((-90, 90)))      # it has fallen over
     return float(rng.normal(0, 3.5)) if rng.random() < .3 else 0.
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #6cb4ef3d
-def _fill_row(rng: np.random.Generator, main: Placement, side: int, stock: Sequence[str], scale: float, width: int) -> tuple[list[Placement], list[Placement]]:
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #5dabd31e
+def _fill_row(rng: np.random.Generator, main: Placement, side: int, stock: Sequence[str], scale: float, width: int) -> tuple[list, list]:
     reach = main.height if abs(main.lean) > 45 else main.width
     row, gaps, edge = [], [], main.x + side*(reach/2 + rng.uniform(1, 9)*scale)
-    same = rng.random() < .35
-    name = main.sku if same else find_twin(main.sku) if rng.random() < .4 and find_twin(main.sku) in stock else str(rng.choice(list(stock)))
+    same = rng.random() < .5
+    name = main.sku if same else find_twin(main.sku) if rng.random() < .2 and find_twin(main.sku) in stock else str(rng.choice(list(stock)))
     while -.05*width < edge < 1.05*width:
-        item = Placement(name, _pick_yaw(rng, .5), 0., main.y + rng.normal(0, 2)*scale, CATALOGUE[name].size[1]*scale, _pick_lean(rng)/2, rng.uniform(.9, 1.05))
-        (row if rng.random() < .88 else gaps).append(replace(item, x=edge + side*item.width/2, lean=item.lean if abs(item.lean) < 9 else 0.))
+        lean, tall = _pick_lean(rng)/2, CATALOGUE[name].size[1]*scale
+        item = Placement(name, _pick_yaw(rng, .5), 0., main.y + rng.normal(0, 2)*scale, tall, lean if abs(lean) < 9 else 0., rng.uniform(.9, 1.05))
+        (row if rng.random() < .88 else gaps).append(replace(item, x=edge + side*item.width/2))
         edge += side*(item.width + rng.uniform(1, 14)*scale)
         if rng.random() < .4: name = str(rng.choice(list(stock)))
     return row, gaps
@@ -166,7 +169,8 @@ def _push_forward(rng: np.random.Generator, other: Placement, main: Placement) -
 
 def _step_back(rng: np.random.Generator, item: Placement, scale: float) -> Placement:
     away = CATALOGUE[item.sku].size[2] + rng.uniform(4, 16)
-    return replace(item, x=item.x + rng.normal(0, 3)*scale, y=item.y - .15*away*scale, height=item.height*.95, yaw=_pick_yaw(rng, .3), lean=0., dim=item.dim*.55)
+    x, y = item.x + rng.normal(0, 3)*scale, item.y - .15*away*scale
+    return replace(item, x=x, y=y, height=item.height*.95, yaw=_pick_yaw(rng, .3), lean=0., dim=item.dim*.55)
 
 def _fill_below(rng: np.random.Generator, stock: Sequence[str], scale: float, size: tuple[int, int]) -> tuple[Placement, ...]:
     name, (width, height), x, row = str(rng.choice(list(stock))), size, 0., []
@@ -176,7 +180,7 @@ def _fill_below(rng: np.random.Generator, stock: Sequence[str], scale: float, si
         x += row[-1].width*1.08
     return tuple(row)
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #552b6195
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #9c9c6677
 def draw_scene(scene: Scene) -> Image.Image:
     "A scene as an evenly lit RGB picture, without a camera's faults."
     rng, (width, height) = np.random.default_rng(scene.detail), scene.size
@@ -188,25 +192,25 @@ def draw_scene(scene: Scene) -> Image.Image:
     for item in scene.back: place(sheet, item, scene.light)
     sheet.paste((10, 8, 9), (0, 0), draw_shadows(scene))
     draw_rail(sheet, scene, rng, foot + round(.03*height))
-    for item in scene.front: place(sheet, item, scene.light)
+    for item in (*scene.front, *scene.before): place(sheet, item, scene.light)
     if rng.random() < .3: draw_upper_shelf(sheet, scene, round(rng.uniform(.02, .08)*height))
     hide(sheet, scene, rng)
     return sheet
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #043c75e8
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #6f91cc04
 def place(sheet: Image.Image, item: Placement, light: int, share: float = 1.) -> None:
     "Paste a package where it stands; or only the upper `share` of it."
     cut, size = draw_product(item.sku, item.yaw, light), item.height/TALL
     box = (0, 0, cut.width, round(share*cut.height))
     cut = cut.resize((max(round(cut.width*size), 1), max(round(box[3]*size), 1)), Image.Resampling.BILINEAR, box, reducing_gap=1.5)
-    if abs(item.dim - 1) > .02: cut = cut.point(_list_tones(round(item.dim, 2)))
+    if abs(item.dim - 1) > .04: cut = cut.point(_list_tones(round(item.dim, 2)))
     if item.lean: cut = cut.rotate(item.lean, Image.Resampling.BILINEAR, expand=True)
     sheet.paste(cut, (round(item.x - cut.width/2), round(item.y - cut.height)), cut)
 
 @cache
 def _list_tones(dim: float) -> list[int]: return [min(round(v*dim), 255) for v in range(256)]*3 + list(range(256))
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #160a01d4
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #ad1b8b1d
 SOFT = 4    # shadows are drawn so many times too small
 
 @cache
@@ -219,9 +223,9 @@ def draw_shadows(scene: Scene) -> Image.Image:
     "How dark the front row makes what is behind and under it: L, the scene's size."
     width, height = (side//SOFT for side in scene.size)
     mask = Image.new("L", (width, height))
-    for item in scene.front: _cast(mask, item, scene.light)
+    for item in (*scene.front, *scene.before): _cast(mask, item, scene.light)
     mask = mask.filter(ImageFilter.GaussianBlur(2.2))
-    for item in scene.front: _ground(mask, item)
+    for item in (*scene.front, *scene.before): _ground(mask, item)
     return mask.resize(scene.size, Image.Resampling.BILINEAR)
 
 def _cast(mask: Image.Image, item: Placement, light: int) -> None:
@@ -236,7 +240,7 @@ def _ground(mask: Image.Image, item: Placement) -> None:
     blot = draw_blot().resize((max(round(1.22*width), 1), max(round(.22*width), 3)))
     mask.paste(255, (round(item.x/SOFT - blot.width/2), round(item.y/SOFT - .6*blot.height)), blot)
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #43236b10
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #e3612f5a
 def draw_rail(sheet: Image.Image, scene: Scene, rng: np.random.Generator, top: int) -> None:
     "The board's edge with its price tags, and what is seen of the shelf below."
     width, height = sheet.size
@@ -259,17 +263,18 @@ def draw_upper_shelf(sheet: Image.Image, scene: Scene, tall: int) -> None:
     ImageDraw.Draw(sheet).rectangle((0, 0, width, tall), mix(scene.aisle.rail, (0, 0, 0), .25))
     ImageDraw.Draw(sheet).line((0, tall, width, tall), mix(scene.aisle.rail, (255, 255, 255), .3), 1)
 
-# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #16451b2e
+# %% ../../../nbs/api/data/scenery/05_shelves.ipynb #9d8fb7ac
 def hide(sheet: Image.Image, scene: Scene, rng: np.random.Generator) -> None:
     "Cover a part of the product, if the scene says so."
-    main = next(p for p in reversed(scene.front) if p.sku == scene.sku)
+    main, side, wide = scene.main, rng.choice((-1, 1)), scene.main.width
     if scene.hidden == "card":
         card = draw_card(int(rng.integers(99)))
         tall = round(rng.uniform(.34, .5)*main.height)
         card = card.resize((round(tall*.8), tall)).rotate(rng.normal(0, 7), Image.Resampling.BILINEAR)
-        sheet.paste(card, (round(main.x + rng.choice((-1, 1))*rng.uniform(.1, .4)*main.width - card.width/2), round(main.y + .05*sheet.height - tall)), card)
-    elif scene.hidden == "post": _cover(sheet, main.x + rng.choice((-1, 1))*rng.uniform(.15, .4)*main.width, rng.uniform(.12, .22)*main.width, (38, 40, 44), 244, 0.)
-    elif scene.hidden == "glare": _cover(sheet, main.x + rng.uniform(-.3, .3)*main.width, rng.uniform(.5, 1.1)*main.width, (236, 242, 248), rng.uniform(90, 170), rng.choice((-1, 1))*rng.uniform(.1, .5))
+        sheet.paste(card, (round(main.x + side*rng.uniform(.1, .4)*wide - card.width/2), round(main.y + .05*sheet.height - tall)), card)
+    elif scene.hidden == "post": _cover(sheet, main.x + side*rng.uniform(.15, .4)*wide, rng.uniform(.12, .22)*wide, (38, 40, 44), 244, 0.)
+    elif scene.hidden == "glare":
+        _cover(sheet, main.x + rng.uniform(-.3, .3)*wide, rng.uniform(.5, 1.1)*wide, (236, 242, 248), rng.uniform(90, 170), side*rng.uniform(.1, .5))
 
 def _cover(sheet: Image.Image, x: float, wide: float, colour: Colour, strength: float, slope: float) -> None:
     at = (np.arange(sheet.width)[None] - x + slope*(np.arange(sheet.height)[:, None] - sheet.height/2))/(wide/2)
