@@ -1246,6 +1246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cvops_wb.loop.replies': { 'cvops_wb.loop.replies.Reply': ('api/loop/replies.html#reply', 'cvops_wb/loop/replies.py'),
                                        'cvops_wb.loop.replies.explain': ('api/loop/replies.html#explain', 'cvops_wb/loop/replies.py'),
                                        'cvops_wb.loop.replies.parse_sets': ('api/loop/replies.html#parse_sets', 'cvops_wb/loop/replies.py'),
+                                       'cvops_wb.loop.replies.parse_stage_sets': ( 'api/loop/replies.html#parse_stage_sets',
+                                                                                   'cvops_wb/loop/replies.py'),
                                        'cvops_wb.loop.replies.place': ('api/loop/replies.html#place', 'cvops_wb/loop/replies.py'),
                                        'cvops_wb.loop.replies.print_error': ( 'api/loop/replies.html#print_error',
                                                                               'cvops_wb/loop/replies.py'),

@@ -15,6 +15,8 @@ PYPROJECT = '[project]\nname = "a-workbench"\nversion = "0"\n[tool.nbdev]\nlib_p
 
 hush()
 
+pytest_plugins = ["serve_toy"]     # bench, bento: a packaged toy model
+
 
 @pytest.fixture
 def workbench(tmp_path, monkeypatch):

@@ -9,7 +9,15 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from cvops_wb.core.errors import BadInput, BadModel, CvopsError
-from cvops_wb.learn.exporting import ParityFailed, check_parity, open_session, read_model, run_model, to_onnx, write_model
+from cvops_wb.learn.exporting import (
+    ParityFailed,
+    check_parity,
+    open_session,
+    read_model,
+    run_model,
+    to_onnx,
+    write_model,
+)
 from cvops_wb.learn.networks import Assembled, build_network
 
 FILES = ["weights.safetensors", "model.onnx", "model.json", "reference.parquet", "manifest.json"]

@@ -18,7 +18,17 @@ from cvops_wb.learn import registry
 from cvops_wb.learn.evaluation import predict
 from cvops_wb.learn.exporting import read_model, to_onnx, write_model
 from cvops_wb.learn.networks import Assembled
-from cvops_wb.learn.registry import RegisterSpec, append_event, find_version, list_versions, locked, move_alias, read_events, read_registry, register
+from cvops_wb.learn.registry import (
+    RegisterSpec,
+    append_event,
+    find_version,
+    list_versions,
+    locked,
+    move_alias,
+    read_events,
+    read_registry,
+    register,
+)
 from cvops_wb.learn.tasks import TASKS
 
 COUNT = 600

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import PYPROJECT, REPO
 
 from cvops_wb.core.errors import BadInput, UnknownName, WrongUsage
 from cvops_wb.core.places import locate
@@ -13,13 +14,28 @@ from cvops_wb.core.processes import hush
 from cvops_wb.core.settings import load_settings
 from cvops_wb.data import CurateSpec, IngestSpec, SnapshotSpec, curate, ingest, open_snapshot, take_snapshot
 from cvops_wb.learn import (
-    EvaluateSpec, RegisterSpec, TrainSpec, draw_calibration, draw_classes, draw_confusion, draw_errors, draw_history, draw_metrics, draw_predictions,
-    draw_verdict, evaluate, find_version, list_versions, read_model, read_scores, register, run_model, train,
+    EvaluateSpec,
+    RegisterSpec,
+    TrainSpec,
+    draw_calibration,
+    draw_classes,
+    draw_confusion,
+    draw_errors,
+    draw_history,
+    draw_metrics,
+    draw_predictions,
+    draw_verdict,
+    evaluate,
+    find_version,
+    list_versions,
+    read_model,
+    read_scores,
+    register,
+    run_model,
+    train,
 )
 from cvops_wb.learn.loading import load_pixels
 from cvops_wb.learn.training import Diverged, NoDevice, choose_device
-
-from conftest import PYPROJECT, REPO
 
 TINY = TrainSpec(network="small_resnet:8", epochs=8, size=32, batch_size=8, track=False)
 REFERENCE = {"id", "label", "predicted", "confidence", "entropy_of_scores", "embedding",

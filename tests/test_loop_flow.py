@@ -1,6 +1,5 @@
 "The stages in order: two at once, what fails stops only what depends on it, a refusal is not a fault."
 import io
-import time
 
 import pytest
 from loop_bench import write_curate, write_ingest, write_notebook
@@ -41,7 +40,6 @@ def test_two_at_once_then_all_reused(workbench):
     assert [line.split()[:2] for line in stream.getvalue().splitlines()][:2] == [[">", "ingest"], ["+", "ingest"]]
 
     (workbench.cache/"mongo").mkdir(parents=True)     # as explore would have left it
-    begin = time.monotonic()
     again = run_flow(targets, given)
     assert all(o.reused for o in again.outcomes.values())
     assert all(s.state == "reuse" and s.run for s in plan_flow(targets, given))

@@ -204,7 +204,6 @@ def start_slow(root) -> tuple[subprocess.Popen, str]:
 @pytest.mark.parametrize("sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_from_outside(alone, sign, code):
     process, _ = start_slow(alone.root)
-    begin = time.monotonic()
     process.send_signal(sign)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code, output

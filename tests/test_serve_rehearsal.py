@@ -1,16 +1,24 @@
 "Packaging and rehearsing: the way from a registered version to a service that was asked real photographs."
 import json
 import shutil
-import time
 
 import pandas as pd
 import pytest
 from PIL import Image
-from serve_toy import bench, bento, photograph, register_toy  # noqa: F401
+from serve_toy import photograph, register_toy
 
 from cvops_wb.core.errors import BadInput, BadModel, Refused, ToolFailed, WrongUsage
 from cvops_wb.core.records import Snapshot
-from cvops_wb.serve import PackageSpec, RehearseSpec, draw_answers, draw_latency, list_contents, package, read_predictions, rehearse
+from cvops_wb.serve import (
+    PackageSpec,
+    RehearseSpec,
+    draw_answers,
+    draw_latency,
+    list_contents,
+    package,
+    read_predictions,
+    rehearse,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +53,7 @@ def test_a_bento_holds_what_serving_needs_and_no_more(bench, bento):
 
 def test_the_same_version_and_code_are_built_once(bench, bento):
     version, built = register_toy(bench.root), bench.root/bento.path
-    before, begin = (built/"bento.yaml").stat().st_mtime_ns, time.monotonic()
+    before = (built/"bento.yaml").stat().st_mtime_ns
     assert package(version, PackageSpec(), bench.reports/"again.part") == bento
     assert (built/"bento.yaml").stat().st_mtime_ns == before
     (built/"src"/"model"/"model.onnx").write_bytes(b"rotten")

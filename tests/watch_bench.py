@@ -5,7 +5,7 @@ import json
 import os
 import time
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ def write_run(settings, stage, record, ago=300., seconds=4., inputs=None, run=""
     run = run or f"{stage}-{hash_value([stage, str(record)])[:10]}"
     folder = settings.reports/run
     folder.mkdir(parents=True, exist_ok=True)
-    made = datetime.fromtimestamp(time.time() - ago, timezone.utc).isoformat(timespec="seconds")
+    made = datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="seconds")
     envelope = Envelope(run, stage, record, key="k", created=made, seconds=seconds, inputs=inputs or {})
     (folder/"record.json").write_text(dump_json(envelope.to_dict()))
     os.utime(folder/"record.json", (time.time() - ago + seconds,)*2)

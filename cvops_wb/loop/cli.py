@@ -22,7 +22,7 @@ from ..core.errors import CvopsError
 from ..core.files import dump_json, human_size
 from ..core.settings import load_settings
 from .flow import LOOP as STAGES, make_demo
-from .replies import Reply, explain, place, run_stages, summarize
+from .replies import Reply, explain, parse_stage_sets, place, run_stages, summarize
 from .runs import find_run
 from .stages import find_stage, list_stages, name_stage, read_stage
 
@@ -128,6 +128,7 @@ def init(
 def demo(
     data: Annotated[str, typer.Option(metavar="PATH", help="Your images, one sub-folder a class; else a synthetic warehouse.")] = "",
     label: Annotated[str, typer.Option(help="Which label column, where the images have several.")] = "",
+    set: Annotated[list[str], typer.Option("-p", "--set", metavar="STAGE.KEY=VALUE", help="Any parameter of a stage; may be repeated.")] = [],  # noqa: B006
     json: Json = False, dry_run: Dry = False, force: Force = False,
 ) -> Reply:
     """The whole loop: images in, a served and watched model out.
@@ -135,9 +136,10 @@ def demo(
     \b
     cvops demo
     cvops demo --data ~/photos
+    cvops demo -p train.epochs=100 -p curate.split=grouped
     """
-    given = make_demo(place(data), label)
-    reply = run_stages({stage: given.get(stage, {}) for stage in STAGES}, force=force, dry=dry_run)
+    given, sets = make_demo(place(data), label), parse_stage_sets(set, STAGES)
+    reply = run_stages({stage: given.get(stage, {}) | sets[stage] for stage in STAGES}, force=force, dry=dry_run)
     if not dry_run: reply.text = summarize(reply.document)
     return reply
 
