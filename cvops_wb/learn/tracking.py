@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Job', 'LATER', 'tracking_uri', 'open_client', 'find_run', 'Background', 'Tracker', 'write_batch', 'tracked',
-           'mirror_versions', 'rebuild_tracking', 'read_runs', 'flatten', 'name_tags', 'name_metrics']
+           'mirror_versions', 'rebuild_tracking', 'read_runs', 'flatten', 'name_tags', 'read_context', 'name_metrics']
 
 # %% ../../nbs/api/learn/10_tracking.ipynb #a58604bd
 import fcntl
+import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,7 +190,8 @@ def _add_run(client: Any, experiment: str, root: Path, envelope: Envelope) -> bo
     if find_run(client, experiment, envelope.run): return False
     candidate = envelope.record
     run = client.create_run(experiment, run_name=envelope.run, tags={"cvops.run": envelope.run}).info.run_id
-    write_batch(client, run, candidate.metrics, flatten({**candidate.spec, "parameters": candidate.parameters}), name_tags(candidate))
+    tags = name_tags(candidate, envelope.key, envelope.provenance)
+    write_batch(client, run, candidate.metrics, flatten({**candidate.spec, "parameters": candidate.parameters}), tags)
     try: history = pd.read_csv(locate(candidate.model, root).parent/"history.csv")
     except (BadRecord, OSError): history = pd.DataFrame()
     for row in history.to_dict("records"): write_batch(client, run, {k: v for k, v in row.items() if k != "epoch"}, {}, {}, int(row["epoch"]))
@@ -200,10 +203,16 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     parts = [flatten({f"{k}.{inner}": v for inner, v in value.items()}) if isinstance(value, dict) else {k: value} for k, value in values.items()]
     return {k: v for part in parts for k, v in part.items()}
 
-def name_tags(candidate: Candidate) -> dict[str, str]:
-    "Our ids, as a run's tags."
-    return {"cvops.snapshot": candidate.snapshot, "cvops.manifest": candidate.manifest_sha256,
-            "cvops.task": candidate.task, "cvops.network": candidate.network}
+def name_tags(candidate: Candidate, key: str = "", provenance: Mapping[str, Any] | None = None) -> dict[str, str]:
+    "Our ids, as a run's tags: of the data and the model, and of the code, lock and commit that made it."
+    made = {name: str((provenance or {}).get(name) or "") for name in ("code", "lock", "git")} | {"key": key}
+    return {"cvops.snapshot": candidate.snapshot, "cvops.manifest": candidate.manifest_sha256, "cvops.task": candidate.task,
+            "cvops.network": candidate.network, **{f"cvops.{name}": value for name, value in made.items() if value}}
+
+def read_context() -> tuple[str, dict[str, Any]]:
+    "Key and provenance of the run whose notebook this process executes; empty in a notebook that a person opened."
+    context = json.loads(os.environ.get("CVOPS_CONTEXT", "{}"))
+    return context.get("key", ""), context.get("facts", {})
 
 def name_metrics(evaluation: Evaluation) -> dict[str, float]:
     "An evaluation's metrics with its split before each."

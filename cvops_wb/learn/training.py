@@ -32,7 +32,7 @@ from .fitting import FitSpec, fit
 from .loading import check_classes, load_pixels, read_photos, take_split
 from .networks import build_network
 from .tasks import TASKS
-from .tracking import Tracker, flatten, name_tags, tracked
+from .tracking import Tracker, flatten, name_tags, read_context, tracked
 
 # %% ../../nbs/api/learn/07_training.ipynb #ad27e1b2
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> 
 def file_away(tracker: Tracker, candidate: Candidate, history: History, out: Path) -> str:
     "Give MLflow the parameters, ids, metrics and small files of a run; returns its id there."
     write_picture(out/"curves.png", plot_history(pd.DataFrame(history.rows)))
-    tracker.describe(flatten({**candidate.spec, "parameters": candidate.parameters}), name_tags(candidate))
+    tracker.describe(flatten({**candidate.spec, "parameters": candidate.parameters}), name_tags(candidate, *read_context()))
     tracker.log(candidate.metrics, len(history.rows))
     for path in (out/"curves.png", out/"history.csv", out/"model"/"model.json", out/"model"/"manifest.json"): tracker.keep(path)
     return tracker.finish()
