@@ -1043,6 +1043,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.choose_device': ( 'api/learn/training.html#choose_device',
                                                                                     'cvops_wb/learn/training.py'),
+                                         'cvops_wb.learn.training.choose_epochs': ( 'api/learn/training.html#choose_epochs',
+                                                                                    'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.count_parameters': ( 'api/learn/training.html#count_parameters',
                                                                                        'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.deliver': ( 'api/learn/training.html#deliver',

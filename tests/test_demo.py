@@ -183,3 +183,17 @@ def test_a_free_port_serves(made):
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and f"http://127.0.0.1:{port}" in output and list_processes(made[0]) == []
+
+
+def test_the_first_hour(made):
+    import nbformat
+    from nbclient import NotebookClient
+    root, path = made[0], made[0]/"nbs/tutorials/01_first_hour.ipynb"
+    notebook = nbformat.read(path, 4)
+    os.environ["CVOPS_ROOT"], before = str(root), os.environ.get("CVOPS_ROOT")
+    try: NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    finally: os.environ.pop("CVOPS_ROOT") if before is None else os.environ.update(CVOPS_ROOT=before)
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 7
+    said = "".join(o.get("text", "") for o in outputs)
+    assert "the service says" in said and "reused in" in said

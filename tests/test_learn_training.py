@@ -128,7 +128,7 @@ def test_torchvision_trains_too(shelf):
 
 
 @pytest.mark.parametrize("change, error, message", [
-    ({"epochs": 0}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
+    ({"epochs": -1}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
     ({"lr": float("nan")}, WrongUsage, "lr"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
     ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"), ({"lr": 1e30}, Diverged, "smaller lr"),
 ])

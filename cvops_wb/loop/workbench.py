@@ -15,7 +15,7 @@ from ..core.files import write_atomic
 from ..core.processes import call
 
 # %% ../../nbs/api/loop/09_workbench.ipynb #55951579
-TEMPLATES = ("nbs/runs", "nbs/dashboards", "bentos/classifier", "settings.ini")
+TEMPLATES = ("nbs/runs", "nbs/dashboards", "nbs/tutorials", "bentos/classifier", "settings.ini")
 SKIPPED = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "built", ".gitkeep", "*.part")
 IGNORED = """# The record of the data and what is built from it: DVC's, or rebuilt.
 /data/

@@ -85,9 +85,9 @@ transition:border-color .15s,background .15s;width:100%;color:inherit;font:inher
 #said{padding:24px 26px;min-width:0}
 #label{font-size:30px;font-weight:650;line-height:1.15;overflow-wrap:anywhere}
 #sure{color:var(--soft);margin:4px 0 18px}
-.row{display:grid;grid-template-columns:minmax(0,1fr) 56px;gap:0 10px;margin-bottom:9px;font-size:14px}
+.row{display:grid;grid-template-columns:minmax(0,1fr) 64px;gap:0 10px;margin-bottom:9px;font-size:14px}
 .row span{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.row i{font-style:normal;text-align:right;color:var(--soft);font-variant-numeric:tabular-nums}
+.row i{font-style:normal;text-align:right;white-space:nowrap;color:var(--soft);font-variant-numeric:tabular-nums}
 .bar{grid-column:1/3;height:7px;border-radius:4px;background:var(--code);overflow:hidden}
 .bar div{height:100%;background:var(--blue);border-radius:4px;transition:width .3s}
 #foot{border-top:1px solid var(--line);margin-top:18px;padding-top:12px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
