@@ -75,7 +75,7 @@ def bench(workbench, monkeypatch):
     "A workbench whose test split is the toy's, and whose DVC is a list of messages."
     said = []
     monkeypatch.setattr(registry, "open_split", lambda settings, snapshot, split, size: (ROWS, Shown(), "test"))
-    monkeypatch.setattr(registry, "_version_data", said.append)
+    monkeypatch.setattr(registry, "_version_data", lambda message, push=True: said.append(message))
     return workbench, said
 
 

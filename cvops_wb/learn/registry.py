@@ -123,6 +123,7 @@ class RegisterSpec:
     name: str = ""      # of the model; the workbench's if not given
     by: str = ""        # who registers; the user of the machine if not given
     track: bool = True  # show it in MLflow too
+    push: bool = True   # send the registry to the remote of settings.ini, so that a clone that pulls knows its champion
 
 def register(
     evaluation: Evaluation,
@@ -135,7 +136,7 @@ def register(
     read_model(locate(evaluation.model, settings.root), evaluation.manifest_sha256)
     with tracked(settings, evaluation.candidate, enabled=spec.track) as tracker:
         with locked(settings): version = _find_known(settings, name, evaluation) or _decide(settings, name, evaluation, spec.by or who())
-        _version_data(f"{name} version {version.version}: {version.alias}" if version.passed else f"{name}: a candidate was refused")
+        _version_data(f"{name} version {version.version}: {version.alias}" if version.passed else f"{name}: a candidate was refused", spec.push)
         tracker.describe({}, {"cvops.verdict": f"version {version.version}" if version.passed else "refused"})
         tracker.add(lambda client, run: mirror_registry(client, settings, name))
         tracker.finish()
@@ -153,9 +154,9 @@ def who() -> str:
     try: return getpass.getuser()
     except (OSError, KeyError): return "unknown"    # a container may have a user without a name
 
-def _version_data(message: str) -> str:
+def _version_data(message: str, push: bool) -> str:
     from cvops_wb.data import version_data
-    return version_data(message)
+    return version_data(message, push)
 
 def _find_known(settings: Settings, name: str, evaluation: Evaluation) -> ModelVersion | None:
     return next((v for v in read_registry(settings).get(name, []) if v.manifest_sha256 == evaluation.manifest_sha256), None)
