@@ -33,7 +33,7 @@ setup: .venv/.ready     ## the environment alone: .venv from requirements.lock
 	@touch .venv/.ready
 
 demo: setup     ## the whole loop on the synthetic warehouse, or on your images: make demo DATA=path/to/images [LABEL=coarse]
-	$(call say,the loop: images in, a monitored service out)
+	$(call say,the loop: images in · a monitored service out)
 	@$(BIN)/cvops demo $(if $(DATA),--data "$(DATA)") $(if $(LABEL),--label "$(LABEL)")
 
 test: system setup      ## all tests but the slow campaigns: under 15 minutes on two cores

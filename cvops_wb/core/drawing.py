@@ -94,14 +94,14 @@ def shorten(text: str, most: int = 28) -> str:
 # %% ../../nbs/api/core/08_drawing.ipynb #11936bff
 def draw_grid(
     images: Sequence[Any],                  # Pillow images or uint8 arrays (H, W, 3)
-    captions: Sequence[str] = (),           # one line each
+    captions: Sequence[str] = (),           # each line as wide as its picture at most
     columns: int = 8,
     side: int = 112,                        # of a cell, pixels
     colours: Sequence[str] = (),            # of the captions
 ):
     "A contact sheet as one Pillow image."
     from PIL import Image, ImageDraw
-    line = 14 if captions else 0
+    line = 2 + 12*max((str(caption).count("\n") + 1 for caption in captions), default=0) if captions else 0
     rows = max(-(-len(images)//columns), 1)
     sheet = Image.new("RGB", (min(columns, max(len(images), 1))*(side + 4), rows*(side + line + 4)), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -109,7 +109,8 @@ def draw_grid(
         x, y = k % columns*(side + 4) + 2, k//columns*(side + line + 4) + 2
         picture = fit_image(image, side)
         sheet.paste(picture, (x + (side - picture.width)//2, y + (side - picture.height)//2))
-        if captions: pen.text((x, y + side + 1), fit_text(str(captions[k]), side), fill=colours[k] if colours else INK)
+        lines = str(captions[k]).splitlines() if captions else []
+        for number, text in enumerate(lines): pen.text((x, y + side + 1 + 12*number), fit_text(text, side), fill=colours[k] if colours else INK)
     return sheet
 
 def fit_image(image: Any, side: int):

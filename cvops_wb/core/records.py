@@ -7,7 +7,7 @@ __all__ = ['RECORDS', 'SAMPLE_COLUMNS', 'Record', 'parse_record', 'Batch', 'Sele
            'Evaluation', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Envelope', 'read_envelope', 'read_record']
 
 # %% ../../nbs/api/core/04_records.ipynb #b4e5db1e
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar

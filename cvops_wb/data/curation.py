@@ -20,7 +20,7 @@ from PIL import Image
 from ..core.drawing import COLOURS, INK, draw_grid, new_figure, plain, shorten, write_picture
 from ..core.errors import BadInput, UnknownName, WrongUsage
 from ..core.files import hash_file, write_atomic
-from ..core.places import locate, name_final
+from ..core.places import name_final
 from ..core.records import Batch, Selection
 from ..core.settings import Settings, load_settings
 from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representatives

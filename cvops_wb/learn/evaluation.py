@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
 
 from ..core.drawing import COLOURS, LINE, draw_grid, draw_matrix, new_figure, write_picture
-from ..core.errors import BadInput
 from ..core.files import write_atomic
 from ..core.places import locate, name_final
 from ..core.records import Candidate, Evaluation
-from ..core.settings import Settings, load_settings
+from ..core.settings import load_settings
 from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
 from .tasks import TASKS
@@ -193,8 +193,8 @@ def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
 def draw_errors(evaluation: Evaluation, most: int = 24) -> Any:
     "The photographs on which the model is wrong and most sure of it; prediction before label."
     table = read_scores(evaluation).query("not correct").sort_values("confidence", ascending=False, kind="stable").head(most)
-    if not len(table): raise BadInput("there is no error to show", fix="evaluate on more images")
-    captions = [f"{row.predicted}, not {row.label}" for row in table.itertuples()]
+    if table.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], [f"no error in {evaluation.count:,} images"], side=240)
+    captions = [f"{row.predicted}\nnot {row.label}" for row in table.itertuples()]
     return draw_grid(read_photos(load_settings(), evaluation.snapshot, table["id"]), captions, columns=6, side=132)
 
 def _say(evaluation: Evaluation, metric: str) -> str:

@@ -11,7 +11,6 @@ __all__ = ['STATISTICS', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device', '
 import math
 import os
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from time import perf_counter

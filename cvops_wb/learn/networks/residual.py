@@ -8,7 +8,6 @@ __all__ = ['conv_norm', 'Residual', 'SmallResNet', 'small_resnet', 'build_small_
 # %% ../../../nbs/api/learn/networks/01_residual.ipynb #6bf6f25b
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
