@@ -46,7 +46,7 @@ test-full: test         ## the long campaigns too
 	@$(BIN)/nbdev-test --flags 'slow' --n-workers 0
 
 lab: setup      ## JupyterLab on nbs/
-	@$(BIN)/jupyter lab --notebook-dir=nbs --ServerApp.ip=127.0.0.1
+	@$(BIN)/jupyter lab --notebook-dir=nbs --ServerApp.ip=127.0.0.1 $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: setup        ## export the notebooks to cvops_wb/, clean them, renew README.md
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tests/readme.py
