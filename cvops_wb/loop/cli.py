@@ -319,6 +319,7 @@ def lab(json: Json = False, dry_run: Dry = False) -> Reply:
     """JupyterLab on the notebooks, until Ctrl-C."""
     import subprocess
     command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={load_settings().root/'nbs'}", "--ServerApp.ip=127.0.0.1"]
+    if os.name == "posix" and os.geteuid() == 0: command.append("--allow-root")     # a container: the address is the loopback's, behind a token
     code = 0 if dry_run else subprocess.call(command)
     return Reply({"started": command}, " ".join(command) if dry_run else "", code)
 
