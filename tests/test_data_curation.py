@@ -129,17 +129,52 @@ def test_quality_flags(change, flag, noise):
     assert set(flags) == set(QUALITY)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_split_is_stable_when_data_are_added(seed):
+def grow(seed):
+    "A table of scenes, and the orders in which its images come."
     rng = np.random.default_rng(seed)
-    table = make_table(900, label=rng.choice(["tea", "milk", "rice", "salt"], 900))
+    table = make_table(900, label=rng.choice(["tea", "milk", "rice", "salt"], 900, p=[.5, .3, .15, .05]))
     table["group"] = table["id"].where(rng.random(900) < .6).ffill().fillna(table["id"][0])
-    whole = split_grouped(table, seed=seed)
-    for share in (.2, .5, .9):
-        part = table[table.group.isin(rng.choice(table.group.unique(), int(share*table.group.nunique()), replace=False))]
-        assert (split_grouped(part.sample(frac=1, random_state=seed), seed=seed).sort_index() == whole[part.index]).all()
-    assert (whole.groupby(table.group).nunique() == 1).all()
-    assert (abs(pd.crosstab(table.label, whole, normalize="index")["train"] - .7) < .12).all()
+    table["label"] = table.groupby("group")["label"].transform("first")
+    return table, rng.permutation(900)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_split_is_stable_when_data_are_added(seed):
+    "Images come in no order, scenes are joined late: none changes its side, and each class keeps its shares."
+    (table, order), known = grow(seed), {}
+    for count in (60, 200, 201, 500, 900):
+        part = table.loc[np.sort(order[:count])]
+        split = split_grouped(part, seed=seed, before=known)
+        assert all(split[part.id == id].iloc[0] == side for id, side in known.items())
+        assert (split[split != "none"].groupby(part.group).nunique() == 1).all(), "a scene stays on one side"
+        known = {id: side for id, side in zip(part.id, split, strict=True) if side != "none"}
+    shares = pd.crosstab(table.label, split, normalize="index")
+    assert (abs(shares[["val", "test"]] - .15) < .05).all(axis=None) and "none" not in set(split)
+    forgot = split_grouped(table, seed=seed)
+    assert (forgot != split).any(), "without its memory it would have moved some"
+
+
+def test_what_joins_two_sides_stands_on_neither():
+    table = make_table(40)
+    split = split_grouped(table)
+    train, test = (table.id[split == side].iloc[0] for side in ("train", "test"))
+    new = pd.concat([table, table[:1].assign(id="f"*16)], ignore_index=True)
+    new.loc[new.id.isin([train, test, "f"*16]), "group"] = "joined"
+    grown = split_grouped(new, before=dict(zip(table.id, split, strict=True)))
+    assert (grown[:40] == split).all() and grown[40] == "none"
+    done, _ = split_samples(new.assign(tags=[[] for _ in range(41)]), CurateSpec(), dict(zip(table.id, split, strict=True)))
+    assert done.split[40] == "none" and done.tags[40] == ["between"] and has_tag(done, "leak").sum() == 1
+
+
+def test_an_old_sample_stays_the_representative():
+    "A larger copy that comes later does not take its place."
+    table = make_table(40)
+    pairs = pd.DataFrame({"a": [0], "b": [2], "distance": 2, "likeness": [.99]})
+    first = table.id[0]
+    table.loc[2, "bytes"] = table.loc[0, "bytes"] + 1000
+    assert has_tag(group_samples(table, pairs, CurateSpec()), "near_duplicate").tolist().index(True) == 0
+    old = group_samples(table, pairs, CurateSpec(), {first: "test"})
+    assert not has_tag(old, "near_duplicate")[0]
 
 
 @pytest.mark.parametrize("labels, train, val", [

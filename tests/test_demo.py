@@ -194,6 +194,6 @@ def test_the_first_hour(made):
     try: NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
     finally: os.environ.pop("CVOPS_ROOT") if before is None else os.environ.update(CVOPS_ROOT=before)
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 7
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 6
     said = "".join(o.get("text", "") for o in outputs)
     assert "the service says" in said and "reused in" in said

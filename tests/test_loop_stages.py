@@ -77,3 +77,13 @@ def test_notebooks_that_cannot_be_stages(workbench):
     with pytest.raises(BadInput, match="0 cells tagged"): find_stage(workbench, "curate")
     write_ingest(workbench.root, name="07_ingest")
     with pytest.raises(BadInput, match="two run notebooks"): list_stages(workbench)
+
+
+def test_threads_may_parse_at_once():
+    "CPython 3.11 fails now and then when they do (SystemError: AST constructor recursion depth mismatch): it is done one by one."
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+
+    from cvops_wb.loop.stages import parse_python
+    texts = [path.read_text() for path in sorted((Path(__file__).parents[1]/"cvops_wb").rglob("*.py"))]
+    with ThreadPoolExecutor(8) as pool: assert len(list(pool.map(parse_python, texts*2))) == 2*len(texts)

@@ -10,6 +10,7 @@ __all__ = ['COLOURS', 'INK', 'PAPER', 'LINE', 'STYLE', 'new_figure', 'to_png', '
 import base64
 import html
 import io
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,14 @@ def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4
         axes = figure.subplots(rows, columns, **options)
     # matplotlib reads the place of a title when it is set, not when the figure is made
     for one in np.ravel(axes): one.set_title = partial(one.set_title, loc="left", fontweight="bold", fontsize=STYLE["axes.titlesize"])
+    _show_in_notebooks()
     return figure, axes
+
+def _show_in_notebooks() -> None:
+    # A figure made without pyplot is text in a notebook unless somebody says how it becomes a picture.
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    formatter = getattr(shell, "display_formatter", None)
+    if formatter: formatter.formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", to_png)
 
 def to_png(figure: Any) -> bytes:
     "A figure or a Pillow image as PNG."

@@ -13,6 +13,7 @@ _rooms = {
     "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_classes": "intake", "draw_samples": "intake", "draw_rejected": "intake",
     "list_warnings": "intake",
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
+    "find_before": "splits",
     "index_samples": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",
     "find_snapshot": "snapshots", "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",

@@ -26,7 +26,7 @@ from ..core.errors import BadInput
 from ..core.files import dump_json, hash_file, hash_value
 from ..core.records import Envelope
 from ..core.settings import SECTIONS, Settings
-from .stages import Stage
+from .stages import Stage, parse_python
 
 # %% ../../nbs/api/loop/02_keys.ipynb #170eff54
 PACKAGE = Path(cvops_wb.__file__).parent
@@ -98,7 +98,7 @@ class Code:
 
 def parse(text: str, where: str) -> ast.Module:
     "Text as a syntax tree; IPython's `%` and `!` lines count as calls. `BadInput` if it is not Python."
-    try: return ast.parse(re.sub(r"^(\s*)([%!].*)$", lambda m: f"{m[1]}_magic({m[2]!r})", text, flags=re.M))
+    try: return parse_python(re.sub(r"^(\s*)([%!].*)$", lambda m: f"{m[1]}_magic({m[2]!r})", text, flags=re.M))
     except SyntaxError as e: raise BadInput(f"{where} is not Python", got=f"line {e.lineno}: {e.msg}", fix="mend it: nothing was started") from e
 
 def read_code(text: str, package: str = "", whole: bool = False, where: str = "this code") -> Code:

@@ -45,6 +45,9 @@ def prepare_run(settings: Settings, name: str, given: Mapping[str, Any] | None =
     inputs = {n: find_run(settings, n, parameters[n] or "") for n in stage.inputs}
     parameters |= {n: envelope.run for n, envelope in inputs.items()}
     if "log" in parameters: parameters["log"] = find_log(settings, parameters["log"])
+    if "before" in parameters and "batch" in inputs:
+        from cvops_wb.data import find_before
+        parameters["before"] = find_before(inputs["batch"].record, parameters["before"] or "", settings)
     key = make_key(settings, stage, parameters, {n: identify(e) for n, e in inputs.items()})
     return Order(stage, parameters, key, f"{stage.name}-{key.digest[:10]}")
 

@@ -221,9 +221,6 @@ def _find_shell() -> Any:
 def _prepare_notebook(out: Path) -> None:
     shell = _find_shell()
     if not shell or not hasattr(shell, "events"): return
-    from cvops_wb.core.drawing import to_png
-    shell.display_formatter.formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", to_png)
-
     def tell(result: Any) -> None:
         error = result.error_in_exec
         if not isinstance(error, CvopsError): return

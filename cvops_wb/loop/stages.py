@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TYPES', 'Parameter', 'Stage', 'UnknownParameter', 'BadParameter', 'check_value', 'check_parameters',
-           'read_parameters', 'read_stage', 'name_stage', 'list_stages', 'find_stage']
+           'parse_python', 'read_parameters', 'read_stage', 'name_stage', 'list_stages', 'find_stage']
 
 # %% ../../nbs/api/loop/01_stages.ipynb #6850c7c8
 import ast
@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from ..core.errors import BadInput, UnknownName, WrongUsage
@@ -78,10 +79,16 @@ def check_parameters(stage: Stage, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: check_value(stage.name, p, given[name]) if name in given else p.default for name, p in known.items()}
 
 # %% ../../nbs/api/loop/01_stages.ipynb #734666f2
+_PARSING = Lock()       # CPython 3.11 loses count of its depth when two threads build trees at once (SystemError)
+
+def parse_python(text: str) -> ast.Module:
+    "Text as a syntax tree, one thread at a time."
+    with _PARSING: return ast.parse(text)
+
 def read_parameters(source: str, where: str = "") -> dict[str, Parameter]:
     "The parameters that a cell's text declares."
     lines, found = source.splitlines(), {}
-    try: body = ast.parse(source).body
+    try: body = parse_python(source).body
     except SyntaxError as e: raise BadInput(f"the parameters of {where} cannot be read", got=e, fix="each line is `name: type = literal`") from e
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant): continue
