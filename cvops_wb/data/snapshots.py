@@ -36,6 +36,7 @@ from .shards import Place, index_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
 from .versions.events import append_event
+from .versions.objects import push_objects
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7897e386
 REMOTE = "cvops"
@@ -111,7 +112,8 @@ def version_data(message: str = "", push: bool = False) -> str:
 def _version(settings: Settings, message: str, push: bool) -> str:
     settings.versioned.mkdir(parents=True, exist_ok=True)
     before = read_pointer(settings)
-    run_dvc(settings, ["add", "data"], *([["push", "data.dvc"]] if push else []))
+    run_dvc(settings, ["add", "data"])
+    if push: _push(settings)
     if message and read_pointer(settings) != before: _describe(settings.root/"data.dvc", message)
     return read_pointer(settings)
 
@@ -135,7 +137,11 @@ def push_data() -> None:
     "Send the current version to the remote of settings.ini."
     settings = load_settings()
     if not (settings.root/"data.dvc").is_file(): raise BadInput("there is no version to push yet", got=settings.root, fix="run `cvops snapshot`")
-    with locked(settings): run_dvc(settings, ["push", "data.dvc"])
+    with locked(settings): _push(settings)
+
+def _push(settings: Settings) -> None:
+    if "://" in settings.data.remote: run_dvc(settings, ["push", "data.dvc"])
+    else: push_objects(settings, read_pointer(settings))
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #33d3db06
 @dataclass(frozen=True)
