@@ -34,7 +34,7 @@ def make_images(folder: Path, count: int, seed: int = 0) -> None:
     for _ in range(64):
         small = rng.normal(128, 50, (60, 80, 3)).clip(0, 255).astype(np.uint8)
         out = io.BytesIO()
-        Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC).save(out, "JPEG", quality=93)
+        Image.fromarray(small).resize((320, 240), Image.Resampling.BICUBIC).save(out, "JPEG", quality=80)
         bases.append(out.getvalue())
     for k in range(count):
         path = folder/f"{k % 100:02}"/f"{seed}-{k:06}.jpg"
@@ -124,11 +124,11 @@ def measure(root: Path, count: int) -> list[dict]:
     shutil.copytree(root/"more", images, dirs_exist_ok=True)
     # DVC's files are links to its cache: new ones go beside them
     shutil.copytree(root/"more", plain/"images", dirs_exist_ok=True)
-    shutil.copy(plain/"images.dvc", plain/"first.dvc")
+    shutil.copy(plain/"images.dvc", plain/"first.txt")
     add_blobs(ours, images)
     added_ours, added_plain = run_ours(ours, SNAPSHOT), run_dvc(plain, "add", "images")
     back_ours = run_ours(ours, CHECKOUT, version)
-    shutil.copy(plain/"first.dvc", plain/"images.dvc")
+    shutil.copy(plain/"first.txt", plain/"images.dvc")
     back_plain = run_dvc(plain, "checkout", "images.dvc")
     run_ours(ours, "from cvops_wb.core.settings import load_settings; from cvops_wb.data.versions import free_blobs; free_blobs(load_settings())")
     disk_ours, disk_plain = measure_disk(ours), measure_disk(plain)

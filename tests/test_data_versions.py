@@ -221,6 +221,25 @@ def test_damage_without_a_good_copy_is_named(copy, left):
         assert f"shards/{name}" in str(caught.value) and "remote" in str(caught.value) and read_current() != first.id
 
 
+@pytest.mark.parametrize("names", [["a"], ["b/c.txt", "b.txt", "b-c", "b/a", "é ü", "B/x"], [f"shards/{k}" for k in range(30)]])
+def test_dvc_would_have_written_the_same(workbench, names):
+    "To the byte: the list, the pointer; and DVC itself finds nothing to do."
+    from cvops_wb.data.snapshots import run_dvc, version_data
+    for name in names:
+        path = workbench.versioned/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{name}\n")
+    digest = version_data("ours")
+    pointer = workbench.root/"data.dvc"
+    ours, cache = pointer.read_text(), sorted(p.name for p in (workbench.root/".dvc"/"cache").rglob("*") if p.is_file())
+    assert "up to date" in run_dvc(workbench, ["status"])
+    shutil.rmtree(workbench.root/".dvc"/"cache")
+    pointer.unlink()
+    run_dvc(workbench, ["add", "data"])
+    assert digest in pointer.read_text() and pointer.read_text() == ours.split("\n", 1)[1]
+    assert sorted(p.name for p in (workbench.root/".dvc"/"cache").rglob("*") if p.is_file()) == cache
+
+
 def test_a_listing_cannot_leave_data(copy):
     settings, _, _ = copy
     here = integrity.Objects(settings, integrity.Report())

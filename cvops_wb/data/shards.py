@@ -8,11 +8,11 @@ __all__ = ['INDEX', 'BLOCK', 'Image', 'SHARD_BYTES', 'build_shard', 'Place', 're
 
 # %% ../../nbs/api/data/14_shards.ipynb #c82f65df
 import hashlib
-import io
 import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,15 +33,23 @@ def build_shard(
     for sha256, ext, data in images:
         contents.append([sha256, ext, at + BLOCK, len(data)])
         at += BLOCK + _pad(len(data))
-    index, out = json.dumps({"schema": 1, "images": contents}).encode(), io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in ((INDEX, index), *((sha256 + ext, data) for sha256, ext, data in images)):
-            member = tarfile.TarInfo(name)      # no time, no owner
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return out.getvalue()
+    index, parts = json.dumps({"schema": 1, "images": contents}).encode(), []
+    for name, data in ((INDEX, index), *((sha256 + ext, data) for sha256, ext, data in images)):
+        parts += [_head(name, len(data)), data, bytes(-len(data) % BLOCK)]
+    size = sum(map(len, parts))
+    return b"".join([*parts, bytes(-(-(size + 2*BLOCK)//tarfile.RECORDSIZE)*tarfile.RECORDSIZE - size)])
 
 def _pad(size: int) -> int: return -(-size//BLOCK)*BLOCK
+
+_HEAD = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)     # no time, no owner
+
+def _head(name: str, size: int) -> bytes:
+    # as tarfile writes it, at a tenth of the time: name, size and the sum of all bytes stand at fixed places
+    head = bytearray(_HEAD)
+    head[:len(name)] = name.encode("ascii")
+    head[124:136], head[148:156] = b"%011o\0" % size, b" "*8
+    head[148:156] = b"%06o\0 " % sum(head)
+    return bytes(head)
 
 # %% ../../nbs/api/data/14_shards.ipynb #1cc51f8d
 @dataclass(frozen=True)
@@ -110,11 +118,14 @@ def pack_images(
     for left in folder.glob(".*.part"): left.unlink()   # of a write that was killed
     known = index_shards(sorted(folder.glob("*.tar")))
     absent = [image for image in wanted if image[0] not in known]
-    for chunk in show_progress(list(_fill(absent, most)), "pack", unit="shard") if absent else ():
-        data = build_shard((sha256, ext, read(sha256)) for sha256, ext, _ in chunk)
-        path = write_atomic(folder/f"{hashlib.sha256(data).hexdigest()[:32]}.tar", data)
-        known.update(read_index(path))
+    with ThreadPoolExecutor(4) as pool:     # reading, hashing and waiting for the disk go on beside each other
+        written = pool.map(lambda chunk: _write_shard(chunk, folder, read), _fill(absent, most))
+        for path in show_progress(written, "pack", unit="shard") if absent else (): known.update(read_index(path))
     return sorted({known[sha256].shard.name for sha256, _, _ in wanted})
+
+def _write_shard(chunk: list[tuple[str, str, int]], folder: Path, read: Callable[[str], bytes]) -> Path:
+    data = build_shard((sha256, ext, read(sha256)) for sha256, ext, _ in chunk)
+    return write_atomic(folder/f"{hashlib.sha256(data).hexdigest()[:32]}.tar", data)
 
 def _fill(images: list[tuple[str, str, int]], most: int) -> Iterator[list[tuple[str, str, int]]]:
     chunk, size = [], 0

@@ -37,6 +37,7 @@ from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
 from .versions.events import append_event
 from .versions.objects import push_objects
+from .versions.recording import add_data
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7897e386
 REMOTE = "cvops"
@@ -112,7 +113,8 @@ def version_data(message: str = "", push: bool = False) -> str:
 def _version(settings: Settings, message: str, push: bool) -> str:
     settings.versioned.mkdir(parents=True, exist_ok=True)
     before = read_pointer(settings)
-    run_dvc(settings, ["add", "data"])
+    ensure_dvc(settings)
+    add_data(settings, before)
     if push: _push(settings)
     if message and read_pointer(settings) != before: _describe(settings.root/"data.dvc", message)
     return read_pointer(settings)
@@ -156,6 +158,7 @@ def take_snapshot(
     out: Path,          # where the picture goes
 ) -> Snapshot:
     "Write a version of the samples and give it to DVC."
+    from cvops_wb.data.versions.datacards import write_card      # which reads snapshots itself
     settings = load_settings()
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
     with locked(settings):
@@ -163,12 +166,13 @@ def take_snapshot(
         digest = _version(settings, spec.message or f"snapshot {snapshot.id}: {snapshot.count} samples", spec.push)
     snapshot = replace(snapshot, dvc=digest, pushed=spec.push)
     write_picture(out/"snapshot.png", draw_snapshot(snapshot))
+    write_card(snapshot, out)
     return snapshot
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
 def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> Snapshot:
-    images = zip(table["sha256"], table["ext"], table["bytes"])
-    shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob(sha256, settings))
+    images, kinds = zip(table["sha256"], table["ext"], table["bytes"]), dict(zip(table["sha256"], table["ext"]))
+    shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings))
     path = write_samples(table, settings.versioned/"samples"/"next.part")
     name = digest_table(path)[:12]
     os.replace(path, path.with_name(f"{name}.parquet"))
