@@ -72,6 +72,7 @@ def pull_data() -> Report:
         objects = Objects(settings, report)
         if objects.remote is None: _fetch(settings, objects)
         bring(settings, objects, read_listing(objects, digest))
+        os.utime(objects.cache/digest[:2]/digest[2:])   # what was verified now need not be hashed for the next version
     return report
 
 def _fetch(settings: Settings, objects: Objects) -> None:

@@ -6,7 +6,6 @@
 __all__ = ['free_blobs', 'loosen_blobs', 'check_status']
 
 # %% ../../../nbs/api/data/versions/05_packing.ipynb #7964fbc8
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from ...core.settings import Settings
 from ..shards import index_shards
 from ..snapshots import read_pointer
 from ..store import Store, open_writer
-from .objects import Objects, Report, matches, read_listing
+from .objects import Objects, Report, is_untouched, matches, read_listing
 
 # %% ../../../nbs/api/data/versions/05_packing.ipynb #7cb68f4a
 def free_blobs(settings: Settings, dry: bool = False) -> dict[str, int]:
@@ -57,8 +56,9 @@ def check_status(settings: Settings) -> dict[str, list[str]]:
     digest, objects = read_pointer(settings), Objects(settings, Report())
     names = read_listing(objects, digest) if digest else {}
     here = {path.relative_to(settings.versioned).as_posix() for path in settings.versioned.rglob("*") if path.is_file() and not path.name.endswith(".part")}
-    changed = [name for name in sorted(here & set(names)) if not _is_same(settings.versioned/name, objects.cache/names[name][:2]/names[name][2:], names[name])]
+    since = (objects.cache/digest[:2]/digest[2:]).stat().st_mtime_ns if digest else 0
+    changed = [name for name in sorted(here & set(names)) if not _is_same(objects, settings.versioned/name, names[name], since)]
     return {"changed": changed, "missing": sorted(set(names) - here), "new": sorted(here - set(names))}
 
-def _is_same(path: Path, source: Path, md5: str) -> bool:
-    return source.exists() and os.path.samefile(path, source) or matches(path, md5)
+def _is_same(objects: Objects, path: Path, md5: str, since: int) -> bool:
+    return is_untouched(path, objects.cache/md5[:2]/md5[2:], since) or matches(path, md5)

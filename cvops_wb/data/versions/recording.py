@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,19 +20,20 @@ from ...core.errors import BadRecord, NoRoom, ToolFailed
 from ...core.files import write_atomic
 from ...core.processes import call
 from ...core.settings import Settings
-from .objects import Objects, Report, matches, read_listing, sync_file
+from .objects import Objects, Report, is_untouched, matches, read_listing, sync_file
 
 # %% ../../../nbs/api/data/versions/06_recording.ipynb #9f9edbb6
 def add_data(settings: Settings, before: str) -> str:
     "Renew `data.dvc` for what stands in `data/`; `before` is the hash that it names now. Returns the new one."
     objects, root = Objects(settings, Report()), settings.versioned
-    known = _read_known(objects, before)
+    known, since, begin = _read_known(objects, before), _tell_age(objects, before), time.time_ns()
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.endswith(".part"))
-    with ThreadPoolExecutor(4) as pool: found = dict(zip(names, pool.map(lambda name: _add_file(objects, root/name, known.get(name)), names)))
+    with ThreadPoolExecutor(4) as pool: found = dict(zip(names, pool.map(lambda name: _add_file(objects, root/name, known.get(name), since), names)))
     listing = dump_listing(found.items())
     digest = hashlib.md5(listing).hexdigest() + ".dir"
     place = objects.cache/digest[:2]/digest[2:]
     if not matches(place, digest): write_atomic(place, listing)
+    os.utime(place, ns=(begin, begin))
     size = sum((root/name).stat().st_size for name in names)
     _write_pointer(settings, digest, size, len(names))
     return digest
@@ -44,11 +46,15 @@ def _read_known(objects: Objects, digest: str) -> dict[str, str]:
     try: return read_listing(objects, digest) if digest else {}
     except BadRecord: return {}     # damaged or never pulled: everything is hashed
 
+def _tell_age(objects: Objects, digest: str) -> int:
+    "When the version was recorded, ns; 0 if that is not known."
+    place = objects.cache/digest[:2]/digest[2:]
+    return place.stat().st_mtime_ns if digest and place.exists() else 0
+
 # %% ../../../nbs/api/data/versions/06_recording.ipynb #71485405
-def _add_file(objects: Objects, path: Path, known: str | None) -> str:
+def _add_file(objects: Objects, path: Path, known: str | None, since: int) -> str:
     "See that a file is an object of the cache; returns its MD5."
-    place = objects.cache/known[:2]/known[2:] if known else None
-    if place and place.exists() and os.path.samefile(path, place): return known
+    if known and is_untouched(path, objects.cache/known[:2]/known[2:], since): return known
     with open(path, "rb") as file: md5 = hashlib.file_digest(file, "md5").hexdigest()
     place = objects.cache/md5[:2]/md5[2:]
     if not (place.exists() and place.stat().st_size == path.stat().st_size and matches(place, md5)): _link(path, place)
