@@ -244,7 +244,7 @@ def test_a_listing_cannot_leave_data(copy):
     settings, _, _ = copy
     here = integrity.Objects(settings, integrity.Report())
     from cvops_wb.core.errors import BadInput
-    some = next(iter(integrity.read_listing(here, integrity.read_pointer(settings)).values()))
+    some = next(iter(integrity.read_listing(here, objects.read_pointer(settings)).values()))
     with pytest.raises(BadInput): integrity.bring(settings, here, {"../../out": some})
     assert not (settings.root.parent/"out").exists()
 

@@ -12,7 +12,7 @@ from ...core.faces import lazy_face
 _rooms = {
     "list_versions": "history", "compare_versions": "history", "draw_difference": "history", "write_difference": "history",
     "checkout_version": "integrity", "pull_data": "integrity", "check_data": "integrity",
-    "check_status": "packing", "free_blobs": "packing", "loosen_blobs": "packing",
+    "check_status": "recording", "free_blobs": "packing", "loosen_blobs": "packing",
     "write_card": "datacards", "describe_snapshot": "datacards",
     "relabel": "corrections", "undo_labels": "corrections", "read_labels": "corrections",
     "forget": "erasure", "back_up": "backups", "restore": "backups",

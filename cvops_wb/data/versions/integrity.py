@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from ...core.errors import BadInput, NoRoom
 from ...core.files import hash_file, join_within, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import Settings, load_settings
-from ..snapshots import digest_table, find_snapshot, locked, make_current, read_pointer, run_dvc
-from .objects import Damage, Objects, Report, matches, read_listing, sync_file, tell_lost
+from ..snapshots import digest_table, find_snapshot, locked, make_current, run_dvc
+from .objects import Damage, Objects, Report, matches, read_listing, read_pointer, sync_file, tell_lost
 
 # %% ../../../nbs/api/data/versions/04_integrity.ipynb #1d89ecfc
 def bring(settings: Settings, objects: Objects, files: dict[str, str]) -> None:
@@ -86,7 +87,9 @@ def check_data(settings: Settings, names: Iterable[str] | None = None) -> list[D
     "The shards and tables below `data/` that are damaged, or those of `names` that are missing."
     root = settings.versioned
     if names is None: names = [path.relative_to(root).as_posix() for kind in ("shards/*.tar", "samples/*.parquet") for path in sorted(root.glob(kind))]
-    return [Damage("data", name, what) for name in names if (what := _judge(root/name))]
+    names = list(names)
+    with ThreadPoolExecutor(4) as pool: found = zip(names, pool.map(lambda name: _judge(root/name), names))
+    return [Damage("data", name, what) for name, what in found if what]
 
 def _judge(path: Path) -> str:
     if not path.is_file(): return "missing"
@@ -110,7 +113,8 @@ def mend_version(settings: Settings, snapshot: Snapshot) -> Report:
     "See that the files of a version, and all others that are there, are good; bring good copies of those that are not."
     report = Report()
     wanted = [Path(name).relative_to("data").as_posix() for name in (snapshot.samples, *snapshot.shards)]
-    bad = {d.name: d for d in (*check_data(settings, wanted), *check_data(settings))}
+    absent = [Damage("data", name, "missing") for name in wanted if not (settings.versioned/name).is_file()]
+    bad = {d.name: d for d in (*absent, *check_data(settings))}
     report.files = len(set(wanted))
     if not bad: return report
     objects, digest = Objects(settings, report), read_pointer(settings)
