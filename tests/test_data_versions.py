@@ -260,3 +260,39 @@ def test_events_cannot_be_changed_unseen(workbench):
 
 def test_unknown_names(copy):
     with pytest.raises(UnknownName): checkout_version("nothing")
+
+
+def test_relabel_undo_and_history(copy):
+    settings, _, second = copy
+    from cvops_wb.data.versions.corrections import read_labels
+    table = open_snapshot(second).table.set_index("id")
+    chosen = list(table.index[table["label"] == "apple"][:2])
+    code, told = call("relabel", *(id[:10] for id in chosen), "--to", "quince", "--by", "eva")
+    new = open_snapshot(find_snapshot()).table.set_index("id")
+    assert code == 0 and new.label[chosen].tolist() == ["quince"]*2 and new.labeled_by[chosen].tolist() == ["eva"]*2
+    assert told["snapshot"]["parent"] == second.id and compare_versions(second, find_snapshot()).counts["relabelled"] == 2
+    assert "quince" in find_snapshot().classes
+    call("relabel", chosen[0], "--to", "pear")
+    assert call("relabel", "--undo")[0] == 0 and open_snapshot(find_snapshot()).table.set_index("id").label[chosen].tolist() == ["quince"]*2
+    assert call("relabel", "--undo")[0] == 0 and open_snapshot(find_snapshot()).table.set_index("id").label[chosen].tolist() == ["apple"]*2
+    code, told = call("relabel", "--undo")
+    assert code == 1 and "taken back" in told["error"]["what"]
+    found = read_labels()
+    assert found.event.tolist() == ["relabelled"]*3 + ["undone"]*3 and found.by.tolist()[:2] == ["eva"]*2 and found.time.map(bool).all()
+    assert len(call("labels")[1]["events"]) == 6
+
+
+def test_a_correction_outlives_the_next_snapshot(copy):
+    settings, first, second = copy
+    from cvops_wb.core.records import Selection
+    from cvops_wb.data.versions.corrections import relabel
+    id = open_snapshot(second).table["id"][0]
+    relabel([id], "quince")
+    again = take_snapshot(Selection("", first.samples, 0, 0, {}, {}, 0, "", {}), SnapshotSpec("again", push=False), room(settings, "again"))
+    assert open_snapshot(again).table.set_index("id").label[id] == "quince" and again.id != first.id
+
+
+@pytest.mark.parametrize("arguments, says", [(["0000000000000000", "--to", "tea"], "unknown sample"), (["--to", "tea"], "samples and a label"), ([], "samples and a label")])
+def test_wrong_corrections(copy, arguments, says):
+    code, told = call("relabel", *arguments)
+    assert code == 2 and says in told["error"]["what"] and not (copy[0].versioned/"events"/"labels.jsonl").exists()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REMOTE', 'ensure_dvc', 'run_dvc', 'locked', 'version_data', 'make_current', 'push_data', 'SnapshotSpec',
-           'take_snapshot', 'digest_table', 'read_current', 'find_snapshot', 'SnapshotReader', 'open_snapshot',
-           'draw_snapshot']
+           'record_version', 'take_snapshot', 'digest_table', 'read_current', 'find_snapshot', 'SnapshotReader',
+           'open_snapshot', 'draw_snapshot']
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7e691a48
 import fcntl
@@ -35,7 +35,7 @@ from .images import decode_image
 from .shards import Place, index_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
-from .versions.events import append_event
+from .versions.events import append_event, read_events
 from .versions.objects import push_objects, read_pointer
 from .versions.recording import add_data
 
@@ -146,19 +146,24 @@ class SnapshotSpec:
     message: str = ""   # what is new in it
     push: bool = True   # to the remote of settings.ini
 
+def record_version(settings: Settings, table: pd.DataFrame, message: str = "", push: bool = False) -> Snapshot:
+    "A sample table as a version of the data; call it inside `locked`."
+    snapshot = _write_version(settings, table, message)
+    digest = _version(settings, message or f"snapshot {snapshot.id}: {snapshot.count} samples", push)
+    return replace(snapshot, dvc=digest, pushed=push)
+
 def take_snapshot(
     selection: Selection,
     spec: SnapshotSpec,
     out: Path,          # where the picture goes
 ) -> Snapshot:
     "Write a version of the samples and give it to DVC."
-    from cvops_wb.data.versions.datacards import write_card      # which reads snapshots itself
+    from cvops_wb.data.versions.corrections import correct_labels    # both rooms read snapshots themselves
+    from cvops_wb.data.versions.datacards import write_card
     settings = load_settings()
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
-    with locked(settings):
-        snapshot = _write_version(settings, table, spec.message)
-        digest = _version(settings, spec.message or f"snapshot {snapshot.id}: {snapshot.count} samples", spec.push)
-    snapshot = replace(snapshot, dvc=digest, pushed=spec.push)
+    table = correct_labels(table, read_events(settings, "labels"))
+    with locked(settings): snapshot = record_version(settings, table, spec.message, spec.push)
     write_picture(out/"snapshot.png", draw_snapshot(snapshot))
     write_card(snapshot, out)
     return snapshot
