@@ -296,3 +296,84 @@ def test_a_correction_outlives_the_next_snapshot(copy):
 def test_wrong_corrections(copy, arguments, says):
     code, told = call("relabel", *arguments)
     assert code == 2 and says in told["error"]["what"] and not (copy[0].versioned/"events"/"labels.jsonl").exists()
+
+
+def holds(root, data):
+    "Files below a folder in which these bytes stand."
+    return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and data in p.read_bytes()]
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_forget(copy, everywhere):
+    settings, first, second = copy
+    table = open_snapshot(second).table
+    row = table[table["split"] != "none"].iloc[5]
+    data, others = open_snapshot(second).read(row.id), {id: open_snapshot(second).read(id) for id in table["id"] if id != row.id}
+    log_folder = settings.store/"predictions"
+    log_folder.mkdir()
+    (log_folder/"1-1.jsonl").write_text(f'{{"request_id": "a", "id": "{row.id}"}}\n{{"request_id": "b", "id": "{table["id"].iloc[0]}"}}\n')
+    told = call("forget", row.id[:12], *(["--history"] if everywhere else []), "--dry-run")[1]["receipt"]
+    assert told["images"] == [row.sha256] and set(told["versions"]) == {first.id, second.id} and holds(settings.store, data)
+    code, told = call("forget", row.id[:12], *(["--history"] if everywhere else []))
+    receipt, now = told["receipt"], open_snapshot(find_snapshot())
+    assert code == 0 and row.id not in set(now.table["id"]) and len(now.table) == len(table) - 1
+    assert {id: now.read(id) for id in others} == others
+    assert not holds(settings.store, data) and row.id not in (log_folder/"1-1.jsonl").read_text() and receipt["predictions"]["rows"] == 1
+    assert read_events(settings, "forgotten")[0]["images"] == [row.sha256]
+    if everywhere:
+        assert holds(settings.root, data) == [] and receipt["still_in"] == [] and set(receipt["renamed"]) == {first.id, second.id}
+        assert all(row.id not in set(open_snapshot(v.snapshot).table["id"]) for v in list_versions()) and len(list_versions()) == 2
+        shutil.rmtree(settings.versioned), shutil.rmtree(settings.root/".dvc"/"cache")
+        assert pull_data().brought and len(open_snapshot(find_snapshot()).table) == len(table) - 1
+    else: assert set(receipt["still_in"]) == {first.id, second.id} and open_snapshot(first).read(row.id) == data
+
+
+def test_backup_and_restore(copy, monkeypatch, tmp_path):
+    settings, first, second = copy
+    code, told = call("backup", str(tmp_path/"kept.tar"))
+    assert code == 0 and call("backup", str(tmp_path/"kept.tar"))[0] == 2
+    wanted, blobs = hashes(settings), {p.name for p in (settings.store/"blobs").rglob("*.jpg")}
+    assert call("restore", str(tmp_path/"kept.tar"), str(tmp_path/"new"))[0] == 0
+    new = load_settings(tmp_path/"new")
+    assert hashes(new) == wanted and {p.name for p in (new.store/"blobs").rglob("*.jpg")} == blobs
+    monkeypatch.setenv("CVOPS_ROOT", str(new.root))
+    from cvops_wb.data.store import list_samples
+    assert len(list_samples(new)) == 40 and len(open_snapshot(find_snapshot(first.id)).table) == 40
+    assert call("restore", str(tmp_path/"kept.tar"), str(tmp_path/"new"))[0] == 2
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "escape", "link"])
+def test_a_bad_backup_restores_nothing(copy, tmp_path, how):
+    import io
+    import tarfile
+
+    from cvops_wb.core.errors import CvopsError
+    from cvops_wb.data.versions.backups import back_up, restore
+    path = tmp_path/"kept.tar"
+    back_up(path)
+    data = bytearray(path.read_bytes())
+    if how == "flip": data[data.index(b"\xff\xd8\xff") + 900] ^= 1
+    if how == "cut": data = data[:len(data)//2]
+    path.write_bytes(data)
+    if how in ("escape", "link"):
+        with tarfile.open(path, "w") as tar:
+            member = tarfile.TarInfo("../out" if how == "escape" else "data/a")
+            if how == "link": member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            tar.addfile(member, io.BytesIO(b""))
+    with pytest.raises(CvopsError): restore(path, tmp_path/"new")
+    assert not (tmp_path/"new").exists() and not (tmp_path/"new.part").exists() and not (tmp_path/"out").exists()
+
+
+def test_packed_images_may_leave_the_store(copy):
+    settings, _, second = copy
+    from cvops_wb.data.store import read_blob
+    from cvops_wb.data.versions.packing import free_blobs, loosen_blobs
+    rows = open_snapshot(second).table
+    damaged = next((settings.versioned/"shards").glob("*.tar"))
+    good = damaged.read_bytes()
+    replace_bytes(damaged, good[:-2000] + b"x" + good[-1999:])
+    assert free_blobs(settings)["images"] == 0      # its shard is damaged: the loose one is the only good one
+    replace_bytes(damaged, good)
+    assert free_blobs(settings, dry=True)["images"] == 40 == free_blobs(settings)["images"]
+    assert not list((settings.store/"blobs").rglob("*.jpg")) and all(len(read_blob(row, settings)) == row.bytes for row in rows.itertuples())
+    assert loosen_blobs(settings) == 40 and free_blobs(settings)["images"] == 40
