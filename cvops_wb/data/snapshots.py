@@ -164,8 +164,9 @@ def take_snapshot(
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
     table = correct_labels(table, read_events(settings, "labels"))
     with locked(settings): snapshot = record_version(settings, table, spec.message, spec.push)
-    write_picture(out/"snapshot.png", draw_snapshot(snapshot))
-    write_card(snapshot, out)
+    reader = open_snapshot(snapshot)
+    write_picture(out/"snapshot.png", draw_snapshot(snapshot, reader=reader))
+    write_card(snapshot, out, reader)
     return snapshot
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
@@ -249,9 +250,9 @@ def open_snapshot(snapshot: Snapshot) -> SnapshotReader:
     "A snapshot, ready to read: `.table`, `.classes`, `.read(id)`, `.select(split)`."
     return SnapshotReader(snapshot, load_settings())
 
-def draw_snapshot(snapshot: Snapshot, count: int = 32) -> Image.Image:
+def draw_snapshot(snapshot: Snapshot, count: int = 32, reader: SnapshotReader | None = None) -> Image.Image:
     "A contact sheet from the shards themselves, the classes taking turns: label and split."
-    reader = open_snapshot(snapshot)
+    reader = reader or open_snapshot(snapshot)
     mixed = reader.table[reader.table["split"] != "none"].sample(frac=1, random_state=0)
     turns = mixed.assign(turn=mixed.groupby("label").cumcount()).sort_values(["turn", "label"], kind="stable")
     few = list(turns.head(count).sort_values(["label", "id"]).itertuples())

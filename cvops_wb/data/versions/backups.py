@@ -82,23 +82,21 @@ def restore(path: Path | str, folder: Path | str) -> dict[str, int]:
     return {"files": len(found), "bytes": sum(size for _, size in found.values())}
 
 def _unpack(path: Path, part: Path) -> dict[str, list]:
-    hashes: dict[str, list] = {}
-    manifest = None
     part.mkdir(parents=True)
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if not member.isfile(): raise BadInput("a backup holds plain files only", got=member.name, fix="use a file that `cvops backup` wrote")
-                data = tar.extractfile(member).read()
-                if member.name == MANIFEST: manifest = json.loads(data)["files"]
-                else: hashes[member.name] = _put(join_within(part, member.name), data)
+        with tarfile.open(path) as tar: hashes = {member.name: _put(part, member, tar) for member in tar}
+        if MANIFEST not in hashes: raise _damaged(path, "it was cut off: its manifest is missing")
+        hashes.pop(MANIFEST)
+        manifest = json.loads((part/MANIFEST).read_bytes())["files"]
+        (part/MANIFEST).unlink()
     except (OSError, tarfile.TarError, ValueError, KeyError) as e: raise _damaged(path, e) from e
-    if manifest is None: raise _damaged(path, "it was cut off: its manifest is missing")
     wrong = sorted(name for name in {*manifest, *hashes} if manifest.get(name) != hashes.get(name))
     if wrong: raise _damaged(path, ", ".join(wrong[:8]))
     return hashes
 
-def _put(place: Path, data: bytes) -> list:
+def _put(part: Path, member: tarfile.TarInfo, tar: tarfile.TarFile) -> list:
+    if not member.isfile(): raise BadInput("a backup holds plain files only", got=member.name, fix="use a file that `cvops backup` wrote")
+    place, data = join_within(part, member.name), tar.extractfile(member).read()
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(data)
     return [hashlib.sha256(data).hexdigest(), len(data)]

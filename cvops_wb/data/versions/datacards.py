@@ -6,15 +6,16 @@
 __all__ = ['describe_snapshot', 'draw_card', 'write_card', 'list_sections', 'to_html', 'to_markdown', 'quote_markdown']
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #c44e6520
+import base64
 import re
 from collections import Counter
 from itertools import chain
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ...core.drawing import COLOURS, INK, draw_bars, draw_grid, embed_png, escape, to_table, write_picture
+from ...core.drawing import COLOURS, INK, draw_bars, draw_grid, escape, to_png, to_table
 from ...core.files import dump_json, human_size, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import load_settings
@@ -28,7 +29,7 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
     "The facts of a data card, plain values."
     table = (reader or open_snapshot(snapshot)).table
     inside, tags = table[table["split"] != "none"], Counter(chain(*table["tags"]))
-    folders = Counter(PurePosixPath(name).parent.as_posix() for name in chain(*table["sources"]))
+    folders = Counter(name.rpartition("/")[0] or "." for name in chain(*table["sources"]))
     return {
         "id": snapshot.id, "message": snapshot.message, "parent": snapshot.parent,
         "images": len(table), "in_splits": len(inside), "set_aside": len(table) - len(inside), "bytes": int(table["bytes"].sum()),
@@ -82,12 +83,12 @@ _TITLES = {"classes": "Class balance", "samples": "Samples", "worst": "Worst qua
 _STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse}"
           "td,th{border-bottom:1px solid #d0d7de;padding:.25rem .75rem;text-align:left}h2{margin-top:2rem}</style>")
 
-def write_card(snapshot: Snapshot, out: Path) -> Path:
+def write_card(snapshot: Snapshot, out: Path, reader: SnapshotReader | None = None) -> Path:
     "`card.md` and `card.html` with their pictures into a folder; returns the HTML page."
-    reader = open_snapshot(snapshot)
+    reader = reader or open_snapshot(snapshot)
     facts = describe_snapshot(snapshot, reader)
-    pictures = draw_card(snapshot, reader, facts)
-    for name, picture in pictures.items(): write_picture(out/f"card-{name}.png", picture)
+    pictures = {name: to_png(picture) for name, picture in draw_card(snapshot, reader, facts).items()}
+    for name, picture in pictures.items(): write_atomic(out/f"card-{name}.png", picture, durable=False)
     write_atomic(out/"card.md", to_markdown(facts), durable=False)
     return write_atomic(out/"card.html", to_html(facts, pictures), durable=False)
 
@@ -108,12 +109,15 @@ def list_sections(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _rows(counts: dict[str, int], what: str) -> list[dict[str, Any]]: return [{what: name, "images": n} for name, n in counts.items()]
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #46e69403
-def to_html(facts: dict[str, Any], pictures: dict[str, Any]) -> str:
+def to_html(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
     "The page, everything in it."
     title = escape(f"Data card of snapshot {facts['id']}")
     tables = "".join(f"<h2>{escape(heading)}</h2>{to_table(rows)}" for heading, rows in list_sections(facts).items())
-    drawn = "".join(f"<h2>{escape(_TITLES[name])}</h2>{embed_png(picture, _TITLES[name])}" for name, picture in pictures.items())
+    drawn = "".join(f"<h2>{escape(_TITLES[name])}</h2>{_embed(picture, _TITLES[name])}" for name, picture in pictures.items())
     return f'<!doctype html><meta charset="utf-8"><title>{title}</title>{_STYLE}<h1>{title}</h1>{tables}{drawn}'
+
+def _embed(png: bytes, title: str) -> str:
+    return f'<img alt="{escape(title)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 def to_markdown(facts: dict[str, Any]) -> str:
     "Front matter, tables, and the pictures beside it."

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ...core.errors import BadInput, NoRoom
-from ...core.files import hash_file, join_within, write_atomic
+from ...core.files import hash_file, join_within
 from ...core.records import Snapshot
 from ...core.settings import Settings, load_settings
 from ..snapshots import digest_table, find_snapshot, locked, make_current, run_dvc
