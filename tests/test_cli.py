@@ -18,7 +18,7 @@ def call(*arguments, **environment):
 
 
 COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "run", "lab",
-            "status", "lineage", "doctor", "clean"]
+            "status", "lineage", "doctor", "clean", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
 
 
 def test_help_is_in_the_order_of_the_loop():
@@ -34,7 +34,7 @@ def test_every_command_takes_json_and_explains_itself(command):
     from cvops_wb.loop.cli import app
     text = CliRunner().invoke(app, [command, "--help"]).stdout
     assert "--json" in text and text.splitlines()[2].strip().endswith(".")
-    assert command in ("status", "lineage", "doctor") or "--dry-run" in text
+    assert command in ("status", "lineage", "doctor", "log", "diff", "labels") or "--dry-run" in text
 
 
 def test_the_cost_of_help(record_property):

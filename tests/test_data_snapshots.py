@@ -224,7 +224,8 @@ def test_where_the_remote_is(remote, url, workbench, monkeypatch):
 
 def test_without_dvc(workbench, monkeypatch):
     monkeypatch.setattr(snapshots, "find_spec", lambda name: None)
-    with pytest.raises(MissingTool, match="dvc"): version_data("x")
+    with pytest.raises(MissingTool, match="dvc"): run_dvc(workbench, ["status"])
+    assert version_data("x").endswith(".dir")       # a version itself needs none
 
 
 def test_nothing_to_push(workbench):

@@ -31,6 +31,7 @@ from ..core.places import locate
 from ..core.records import SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .images import ImageFacts
+from .shards import find_packed
 
 # %% ../../nbs/api/data/02_store.ipynb #46debf1c
 def write_samples(
@@ -274,9 +275,10 @@ def read_blob(
     "An image's bytes, verified; `BadInput` if they are not there or damaged."
     sha256, ext = _name(sample)
     path = Store(settings).find_blob(sha256, ext)
-    if path is None and fallback is None:
+    packed = None if path or fallback else find_packed((settings or load_settings()).versioned/"shards", sha256)
+    if path is None and fallback is None and packed is None:
         raise BadInput("the image is not in the store", got=sha256, fix="ingest its source again, or check out the version that has it")
-    data = fallback(sha256) if path is None else path.read_bytes()
+    data = path.read_bytes() if path else packed.read() if packed else fallback(sha256)
     if not hashlib.sha256(data).hexdigest().startswith(sha256):
         raise BadInput("an image in the store is damaged", got=path or sha256, fix="delete that file and ingest its source again")
     return data
