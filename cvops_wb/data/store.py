@@ -291,7 +291,7 @@ def read_blob(
         raise BadInput("the image is not in the store", got=sha256, fix="ingest its source again, or check out the version that has it")
     data = fallback(sha256) if path is None else path.read_bytes()
     if not hashlib.sha256(data).hexdigest().startswith(sha256):
-        raise BadInput("an image in the store is damaged", got=path or sha256, fix="delete that file and ingest its source again")
+        raise BadInput("an image in the store is damaged", got=path or sha256, fix="ingest its source again, which mends it")
     return data
 
 def _name(sample: Any) -> tuple[str, str]:

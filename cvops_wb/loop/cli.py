@@ -166,7 +166,7 @@ def ingest(
     if rejected:
         from cvops_wb.data import report_rejected
         return Reply(*report_rejected())
-    if not source: raise WrongUsage("no source was given", fix="cvops ingest PATH/TO/IMAGES, or `cvops ingest synth`")
+    if not source: raise WrongUsage("no source was given: SRC is missing", fix="cvops ingest PATH/TO/IMAGES, or `cvops ingest synth`")
     options = {"source": place(source), "format": format, "label": label, "limit": limit}
     watched = _watch(source, once, options) if watch and not dry_run else {}
     if watch and not dry_run and not watched["known"]: return Reply({"watch": watched}, "nothing was taken")

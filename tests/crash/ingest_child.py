@@ -12,11 +12,11 @@ from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-from cvops_wb.core.errors import CvopsError                     # noqa: E402
-from cvops_wb.core.progress import show_progress                # noqa: E402, F401
-from cvops_wb.core.settings import Settings                     # noqa: E402
-from cvops_wb.data import images, intake, store                 # noqa: E402, F401
-from cvops_wb.data.formats import Listing, walk_images          # noqa: E402
+from cvops_wb.core.errors import CvopsError  # noqa: E402
+from cvops_wb.core.progress import show_progress  # noqa: E402, F401
+from cvops_wb.core.settings import Settings  # noqa: E402
+from cvops_wb.data import images, inbox, intake, store  # noqa: E402, F401
+from cvops_wb.data.formats import Listing, walk_images  # noqa: E402
 
 
 class Inline:
@@ -90,6 +90,7 @@ def work(job: dict) -> int:
     while job.get("go") and not os.access(job["go"], os.F_OK): time.sleep(.001)
     told = os.open(job["acks"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     settings = Settings(Path(job["root"]))
+    if job.get("watch"): return watch(Path(job["source"]), settings)
     items = list(walk_images(Path(job["source"])))
     if "names" in job: items = [item for item in items if item.name in set(job["names"])]
     try:
@@ -97,6 +98,13 @@ def work(job: dict) -> int:
             intake.take_in(opened, Listing(items, ""), job["source"], settings, 4, intake_told)
     except CvopsError: return 1
     return 0
+
+
+def watch(folder: Path, settings: Settings) -> int:
+    "Two looks of an inbox: the first sees the files, the second takes them."
+    watched = inbox.Inbox(folder, settings, inbox.WatchSpec(settle=0, give_up=0))
+    for _ in range(3): sweep = watched.scan(intake_told)
+    return int(bool(sweep.paused))
 
 
 def main() -> None:

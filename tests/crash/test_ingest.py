@@ -206,9 +206,10 @@ def kill_at_random(bench: Bench, kills: int, **more) -> tuple[int, list[str]]:
     return died, [*wrong, *bench.check()]
 
 
-def test_killed_at_random(bench):
-    kills = 3000 if FULL else 60
-    died, wrong = kill_at_random(bench, kills)
+@pytest.mark.parametrize("watch", [False, True], ids=["ingest", "inbox"])
+def test_killed_at_random(bench, watch):
+    kills = 3000 if FULL else 50
+    died, wrong = kill_at_random(bench, kills, watch=watch)
     assert wrong == []
     assert died > kills/3
 
