@@ -259,6 +259,8 @@ def test_the_batch_is_what_was_acknowledged_also_when_the_files_are_gone(scene, 
     out.mkdir(parents=True)
     batch = ingest(str(scene.folder), spec, out)
     assert (batch.count, batch.rejected, batch.format) == (3, 0, "inbox")
+    labelled = ingest(str(scene.folder), IngestSpec(format="inbox", label="leaf"), out)     # where sub-folders are classes
+    assert labelled.classes == {"cam": 3}
     scene.put("cam/4.jpg", make_photo(4))
     scene.settle()
     assert fingerprint_source(str(scene.folder), spec) != first

@@ -90,7 +90,7 @@ def work(job: dict) -> int:
     while job.get("go") and not os.access(job["go"], os.F_OK): time.sleep(.001)
     told = os.open(job["acks"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     settings = Settings(Path(job["root"]))
-    if job.get("watch"): return watch(Path(job["source"]), settings)
+    if job.get("watch"): return watch(Path(job["source"]), settings, job["watch"])
     items = list(walk_images(Path(job["source"])))
     if "names" in job: items = [item for item in items if item.name in set(job["names"])]
     try:
@@ -100,11 +100,14 @@ def work(job: dict) -> int:
     return 0
 
 
-def watch(folder: Path, settings: Settings) -> int:
-    "Two looks of an inbox: the first sees the files, the second takes them."
-    watched = inbox.Inbox(folder, settings, inbox.WatchSpec(settle=0, give_up=0))
-    for _ in range(3): sweep = watched.scan(intake_told)
-    return int(bool(sweep.paused))
+def watch(folder: Path, settings: Settings, spec: dict) -> int:
+    "Look at an inbox again and again: three times, or for some seconds."
+    end = time.monotonic() + spec.pop("seconds", 0)
+    watched, looks = inbox.Inbox(folder, settings, inbox.WatchSpec(**spec)), 0
+    while looks < 3 or time.monotonic() < end:
+        paused, looks = watched.scan(intake_told).paused, looks + 1
+        if end - time.monotonic() > .05: time.sleep(.05)
+    return int(bool(paused))
 
 
 def main() -> None:

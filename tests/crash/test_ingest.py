@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -206,7 +207,7 @@ def kill_at_random(bench: Bench, kills: int, **more) -> tuple[int, list[str]]:
     return died, [*wrong, *bench.check()]
 
 
-@pytest.mark.parametrize("watch", [False, True], ids=["ingest", "inbox"])
+@pytest.mark.parametrize("watch", [None, {"settle": 0, "give_up": 0}], ids=["ingest", "inbox"])
 def test_killed_at_random(bench, watch):
     kills = 3000 if FULL else 50
     died, wrong = kill_at_random(bench, kills, watch=watch)
@@ -224,3 +225,36 @@ def test_a_burst_and_a_clock_that_steps(bench, tmp_path, clock):
     acks = read_acks(bench.acks)
     assert len(acks) == count and set(acks.values()) == {"image"}
     assert bench.check() == []
+
+
+def test_slow_writers_while_the_watch_is_killed(bench, tmp_path):
+    "Writers in real time, half of which give up; the watch is killed and started again."
+    (count, seconds), rng = (200, 12.) if FULL else (60, 2.5), random.Random(3)
+    bench.source = tmp_path/"slow"
+    bench.source.mkdir()
+    photos = [make_photo(number, 32) for number in range(count)]
+    writers = [Thread(target=write_slowly, args=(bench.source/f"cam{k % 4}"/f"{k}.jpg", photo, k % 2 == 1, rng.uniform(.1, seconds))) for k, photo in enumerate(photos)]
+    for writer in writers: writer.start()
+    watch, died = {"settle": .2, "give_up": 1., "seconds": 60.}, 0
+    while any(writer.is_alive() for writer in writers):
+        pid = bench.children.start(bench.job(watch=watch))
+        time.sleep(rng.uniform(.05, seconds/4))
+        os.kill(pid, signal.SIGKILL)
+        died += bench.children.wait() == -signal.SIGKILL
+        assert audit(bench.root, read_acks(bench.acks)) == []
+    assert died >= 2
+    assert bench.children.run(bench.job(watch=watch | {"seconds": 2.5})) == 0
+    acks = read_acks(bench.acks)
+    assert {sha for sha, what in acks.items() if what == "image"} == {hashlib.sha256(photo).hexdigest() for photo in photos[::2]}
+    assert {hashlib.sha256(photo[:len(photo)//2]).hexdigest() for photo in photos[1::2]} <= {sha for sha, what in acks.items() if what == "abandoned"}
+    assert audit(bench.root, acks) == []
+
+
+def write_slowly(path: Path, data: bytes, gives_up: bool, seconds: float) -> None:
+    "Six pieces; one that gives up writes half of the bytes."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = data[:len(data)//2] if gives_up else data
+    with open(path, "wb", buffering=0) as file:
+        for k in range(6):
+            file.write(data[len(data)*k//6:len(data)*(k + 1)//6])
+            time.sleep(seconds/6)
