@@ -43,6 +43,8 @@ test: system setup      ## all tests but the slow campaigns: under 15 minutes on
 	@$(BIN)/python -m pytest
 
 test-full: test         ## the long campaigns too
+	$(call say,crash campaigns)
+	@CVOPS_FULL=1 $(BIN)/python -m pytest tests/crash
 	@$(BIN)/nbdev-test --flags 'slow' --n-workers 0
 
 lab: setup      ## JupyterLab on nbs/

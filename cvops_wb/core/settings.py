@@ -31,6 +31,7 @@ class Data:
     remote: str = ".cvops/remote"       # DVC remote: a folder or an S3 address
     max_bytes: int = 50_000_000         # of one image file on intake
     max_megapixels: float = 25.         # of one image
+    min_free_mb: int = 500              # a watched inbox waits while the disk has less
 
 @dataclass(frozen=True)
 class Train:

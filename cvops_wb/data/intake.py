@@ -56,7 +56,7 @@ def look_at(
     except FileNotFoundError: return replace(arrival, reason="missing", detail="the source names a file that is not there")
     except OSError as e: return replace(arrival, reason="unreadable", detail=e.strerror or str(e))
     arrival = replace(arrival, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
-    if arrival.sha256 in known and store.find_blob(arrival.sha256): return arrival
+    if arrival.sha256 in known and store.holds(arrival.sha256, data): return arrival
     try: facts = inspect_image(data, settings.data.max_bytes, settings.data.max_megapixels)
     except BadImage as e: return replace(arrival, reason=e.reason, detail=_tell(e), staged=stage(store, data, arrival.sha256))
     return replace(arrival, facts=facts, staged=stage(store, data, arrival.sha256, facts.ext))
@@ -82,6 +82,7 @@ def take_in(
     origin: str,            # names the source in the journal
     settings: Settings,
     workers: int = 0,
+    acknowledge: Callable[[list[Arrival]], Any] = len,  # called with each chunk once it is durable
 ) -> tuple[list[Arrival], int]:
     "Every file of a listing, durable; and how many images were new."
     known, taken, new = set(store.read_all("select sha256 from samples").sha256), [], 0
@@ -90,6 +91,7 @@ def take_in(
         looks = _run_ahead(pool, lambda item: look_at(store, item, listing.labeled_by, settings, known), listing.items, CHUNK)
         for chunk in _chunks(show_progress(looks, "ingest", total=len(listing.items))):
             new += commit(store, origin, chunk)
+            acknowledge(chunk)
             known.update(arrival.sha256 for arrival in chunk if arrival.facts and not arrival.reason)
             taken += [replace(arrival, staged=None) for arrival in chunk]
     finally: pool.shutdown(cancel_futures=True)

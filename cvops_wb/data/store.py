@@ -126,6 +126,11 @@ class Store:
         if ext and exact.exists(): return exact
         return next(iter(sorted((self.blobs/sha256[:2]).glob(f"{sha256}*"))), None)
 
+    def holds(self, sha256: str, data: bytes) -> bool:
+        "Whether an image is stored, and as these very bytes: a blob that a disk has damaged is not held."
+        try: return (path := self.find_blob(sha256)) is not None and path.read_bytes() == data
+        except OSError: return False
+
     def read_all(self, query: str, values: Iterable[Any] = ()) -> pd.DataFrame:
         "Rows of the journal."
         with _explaining(self.root):
@@ -140,7 +145,7 @@ def _explaining(place: Path) -> Iterator[None]:
     except (sqlite3.Error, OSError) as e:
         if getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "disk is full" in str(e):
             raise NoRoom("the disk is full; what was acknowledged is safe", got=place, fix="free some space (`cvops clean` empties the caches) and run it again") from e
-        if isinstance(e, OSError): raise NoRoom("the store cannot be written", got=e, fix=f"look at the disk, and at the permissions of {place}") from e
+        if isinstance(e, OSError) or "disk I/O" in str(e): raise NoRoom("the store cannot be written", got=e, fix=f"look at the disk, and at the permissions of {place}") from e
         raise BadRecord("the journal of the store cannot be used", got=f"{place}: {e}", fix="see `cvops doctor`; restore journal.sqlite from a backup") from e
 
 def make_folder(folder: Path) -> None:
@@ -164,11 +169,19 @@ def open_writer(
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
-            _sweep(store)
+            with _explaining(store.root): _recover(store)
             yield store
         finally:
-            _sweep(store)
-            store.close()
+            try: _sweep(store)
+            except OSError: pass    # the next writer sweeps again
+            finally: store.close()
+
+def _recover(store: Store) -> None:
+    journal, places = store.journal, (store.blobs, store.rejected, store.root, *list(store.root.parents)[:2])
+    for folder in places:
+        if os.access(folder, os.R_OK): sync_folder(folder)
+    journal.execute("pragma wal_checkpoint(truncate)").fetchall()
+    _sweep(store)
 
 def _sweep(store: Store) -> None:
     make_folder(store.incoming)
@@ -280,7 +293,7 @@ def read_blob(
         raise BadInput("the image is not in the store", got=sha256, fix="ingest its source again, or check out the version that has it")
     data = path.read_bytes() if path else packed.read() if packed else fallback(sha256)
     if not hashlib.sha256(data).hexdigest().startswith(sha256):
-        raise BadInput("an image in the store is damaged", got=path or sha256, fix="delete that file and ingest its source again")
+        raise BadInput("an image in the store is damaged", got=path or sha256, fix="ingest its source again, which mends it")
     return data
 
 def _name(sample: Any) -> tuple[str, str]:

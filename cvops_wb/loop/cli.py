@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..core.errors import CvopsError
+from ..core.errors import CvopsError, WrongUsage
 from ..core.files import dump_json, human_size
 from ..core.settings import load_settings
 from .flow import LOOP as STAGES, make_demo
@@ -147,10 +147,13 @@ def demo(
 # %% ../../nbs/api/loop/11_cli.ipynb #4ce8bae6
 @app.command(rich_help_panel=LOOP)
 def ingest(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder of images, or `synth` for the synthetic warehouse.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder of images, or `synth` for the synthetic warehouse.")] = "",
     format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, synth.")] = None,
     label: Annotated[str | None, typer.Option(help="Which label column, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many files.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="SRC is a camera inbox (a sub-folder a camera), rtsp://…, a USB camera's number or a video; until Ctrl-C.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="With --watch: until nothing changes any more.")] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="List what was set aside, and write a page with thumbnails.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """Images into the store; broken files set aside with a reason.
@@ -158,8 +161,25 @@ def ingest(
     \b
     cvops ingest ~/photos               one sub-folder a class
     cvops ingest grocery --label coarse
+    cvops ingest inbox/ --watch         photographs as they become whole, until Ctrl-C
+    cvops ingest --rejected             what was set aside, and why
     """
-    return run_stages({"ingest": {"source": place(source), "format": format, "label": label, "limit": limit}}, set, force, dry_run)
+    if rejected:
+        from cvops_wb.data import report_rejected
+        return Reply(*report_rejected())
+    if not source: raise WrongUsage("no source was given: SRC is missing", fix="cvops ingest PATH/TO/IMAGES, or `cvops ingest synth`")
+    options = {"source": place(source), "format": format, "label": label, "limit": limit}
+    watched = _watch(source, once, options) if watch and not dry_run else {}
+    if watch and not dry_run and not watched["known"]: return Reply({"watch": watched}, "nothing was taken")
+    reply = run_stages({"ingest": options}, set, force, dry_run)
+    return Reply(reply.document | ({"watch": watched} if watched else {}), reply.text, reply.code)
+
+def _watch(source: str, once: bool, options: dict[str, Any]) -> dict[str, Any]:
+    "Take what comes until the watch ends; then `options` are those of the batch that is made of it."
+    from cvops_wb.data import is_stream, watch_inbox, watch_stream
+    watched = (watch_stream if is_stream(source) else watch_inbox)(source, once=once)
+    options |= {"source": place(watched["folder"]), "format": "inbox"}
+    return watched
 
 # %% ../../nbs/api/loop/11_cli.ipynb #8abf7d57
 @app.command(rich_help_panel=LOOP)
