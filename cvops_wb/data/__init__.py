@@ -12,6 +12,7 @@ from ..core.faces import lazy_face
 _rooms = {
     "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_classes": "intake", "draw_samples": "intake", "draw_rejected": "intake",
     "list_warnings": "intake",
+    "export_samples": "formats",
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
     "index_samples": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",

@@ -79,12 +79,12 @@ def group_samples(
     labels = table["label"].where(table["label"] != "").groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
     return add_tags(table, near_duplicate=~pick_representatives(table, near), label_conflict=labels > 1,
-                    unlabelled=table["label"] == "", exact_duplicate=table["sources"].map(len) > 1)
+                    unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)
 
 # %% ../../nbs/api/data/13_curation.ipynb #568722a2
 def check_classes(table: pd.DataFrame, least: int) -> None:
     "`BadInput` if a class has fewer than `least` samples, of those that are not set aside."
-    counts = table.loc[~has_tag(table, *ASIDE), "label"].value_counts()
+    counts = table.loc[~has_tag(table, *ASIDE) & (table["label"] != ""), "label"].value_counts()
     small = counts[counts < least].sort_index()
     if small.empty: return
     named = ", ".join(f"{shorten(str(label))} ({count})" for label, count in small.head(8).items()) + (" …" if len(small) > 8 else "")

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, WrongUsage
+from .formats.objects import list_object_classes
 
 # %% ../../nbs/api/data/12_splits.ipynb #5609ef79
 SPLITS = ("train", "val", "test")
@@ -63,7 +64,8 @@ def _move_one(table: pd.DataFrame, split: pd.Series, numbers: pd.Series, name: s
 
 def check_labels(table: pd.DataFrame) -> None:
     "`BadInput` unless there are two classes or more."
-    classes = sorted(set(table["label"]) - {""})
+    classes = sorted((set(table["label"]) | list_object_classes(table.get("objects", ()))) - {""})
+    if classes and (table.get("objects", "") != "").any(): return    # boxes are worth finding also where there is but one class
     if not classes:
         raise BadInput("no image has a label", got=f"{len(table)} images", fix="put the images of each class into a sub-folder, or give a list")
     if len(classes) == 1:

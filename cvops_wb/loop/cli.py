@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Grouped', 'complete_stage',
-           'complete_parameter', 'interrupt', 'main', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'train',
-           'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'lab', 'status',
-           'lineage', 'doctor', 'clean']
+           'complete_parameter', 'interrupt', 'main', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'export',
+           'train', 'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'lab',
+           'status', 'lineage', 'doctor', 'clean']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -146,8 +146,8 @@ def demo(
 # %% ../../nbs/api/loop/11_cli.ipynb #4ce8bae6
 @app.command(rich_help_panel=LOOP)
 def ingest(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder of images, or `synth` for the synthetic warehouse.")],
-    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, synth.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a data set, an archive, s3://…, or `synth` for the synthetic warehouse.")],
+    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, coco, yolo, voc, fiftyone, csv, archive, remote, synth.")] = None,
     label: Annotated[str | None, typer.Option(help="Which label column, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many files.")] = None,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
@@ -157,6 +157,7 @@ def ingest(
     \b
     cvops ingest ~/photos               one sub-folder a class
     cvops ingest grocery --label coarse
+    cvops ingest coco.zip               COCO, YOLO, VOC, FiftyOne, CSV, in a folder or packed
     """
     return run_stages({"ingest": {"source": place(source), "format": format, "label": label, "limit": limit}}, set, force, dry_run)
 
@@ -191,6 +192,26 @@ def snapshot(
     cvops snapshot -m "aisle 4 added"
     """
     return run_stages({"snapshot": {"message": message}}, set, force, dry_run)
+
+# %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
+@app.command(rich_help_panel=LOOK)
+def export(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, fiftyone, csv.")] = "folder",
+    snapshot: Annotated[str, typer.Option(help="A snapshot's id; else the newest.")] = "",
+    all: Annotated[bool, typer.Option("--all", help="With the samples that were set aside.")] = False,
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """A snapshot's images and labels in another tool's format.
+
+    \b
+    cvops export --format coco ~/for-training
+    """
+    from cvops_wb.data import export_samples, find_snapshot
+    found = find_snapshot(snapshot)
+    if dry_run: return Reply({"snapshot": found.id, "format": format, "path": os.path.abspath(out)}, f"would write {found.count:,} images of snapshot {found.id} as {format} into {out}")
+    done = export_samples(found, out, format, all)
+    return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)
