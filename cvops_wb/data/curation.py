@@ -76,7 +76,8 @@ def group_samples(
     links = pairs[["a", "b"]].itertuples(index=False, name=None)
     first = join_groups(len(table), chain(links, link_bursts(table) if spec.bursts else ()))
     near = join_groups(len(table), pairs[pairs.likeness >= spec.likeness][["a", "b"]].itertuples(index=False, name=None))
-    labels = table["label"].where(table["label"] != "").groupby(near).transform("nunique").to_numpy()
+    said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
+    labels = table["label"].where(said).groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
     return add_tags(table, near_duplicate=~pick_representatives(table, near), label_conflict=labels > 1,
                     unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)

@@ -64,8 +64,8 @@ def _move_one(table: pd.DataFrame, split: pd.Series, numbers: pd.Series, name: s
 
 def check_labels(table: pd.DataFrame) -> None:
     "`BadInput` unless there are two classes or more."
-    classes = sorted((set(table["label"]) | list_object_classes(table.get("objects", ()))) - {""})
-    if classes and (table.get("objects", "") != "").any(): return    # boxes are worth finding also where there is but one class
+    if "objects" in table and list_object_classes(table["objects"]): return    # boxes are worth finding also where there is but one class
+    classes = sorted(set(table["label"]) - {""})
     if not classes:
         raise BadInput("no image has a label", got=f"{len(table)} images", fix="put the images of each class into a sub-folder, or give a list")
     if len(classes) == 1:

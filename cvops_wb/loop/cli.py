@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Grouped', 'complete_stage',
-           'complete_parameter', 'interrupt', 'main', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'export',
-           'train', 'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'lab',
+           'complete_parameter', 'interrupt', 'main', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'train',
+           'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'lab', 'export',
            'status', 'lineage', 'doctor', 'clean']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
@@ -193,26 +193,6 @@ def snapshot(
     """
     return run_stages({"snapshot": {"message": message}}, set, force, dry_run)
 
-# %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
-@app.command(rich_help_panel=LOOK)
-def export(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
-    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, fiftyone, csv.")] = "folder",
-    snapshot: Annotated[str, typer.Option(help="A snapshot's id; else the newest.")] = "",
-    all: Annotated[bool, typer.Option("--all", help="With the samples that were set aside.")] = False,
-    json: Json = False, dry_run: Dry = False,
-) -> Reply:
-    """A snapshot's images and labels in another tool's format.
-
-    \b
-    cvops export --format coco ~/for-training
-    """
-    from cvops_wb.data import export_samples, find_snapshot
-    found = find_snapshot(snapshot)
-    if dry_run: return Reply({"snapshot": found.id, "format": format, "path": os.path.abspath(out)}, f"would write {found.count:,} images of snapshot {found.id} as {format} into {out}")
-    done = export_samples(found, out, format, all)
-    return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
-
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)
 def train(
@@ -342,6 +322,26 @@ def lab(json: Json = False, dry_run: Dry = False) -> Reply:
     command = [sys.executable, "-m", "jupyter", "lab", f"--notebook-dir={load_settings().root/'nbs'}", "--ServerApp.ip=127.0.0.1"]
     code = 0 if dry_run else subprocess.call(command)
     return Reply({"started": command}, " ".join(command) if dry_run else "", code)
+
+# %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
+@app.command(rich_help_panel=LOOK)
+def export(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, fiftyone, csv.")] = "folder",
+    snapshot: Annotated[str, typer.Option(help="A snapshot's id; else the newest.")] = "",
+    all: Annotated[bool, typer.Option("--all", help="With the samples that were set aside.")] = False,
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """A snapshot's images and labels in another tool's format.
+
+    \b
+    cvops export --format coco ~/for-training
+    """
+    from cvops_wb.data import export_samples, find_snapshot
+    found = find_snapshot(snapshot)
+    if dry_run: return Reply({"snapshot": found.id, "format": format, "path": os.path.abspath(out)}, f"would write {found.count:,} images of snapshot {found.id} as {format} into {out}")
+    done = export_samples(found, out, format, all)
+    return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #34e75b49
 @app.command(rich_help_panel=LOOK)

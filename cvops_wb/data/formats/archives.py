@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Entry', 'Caps', 'unpack', 'prepare_archive', 'enter_single', 'Archive', 'read_inside']
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #45d8d08c
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #7891e000
 import os
 import shutil
 import tarfile
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
-from typing import IO, Any
+from typing import Any
 
 from ...core.errors import BadInput
 from ...core.files import hash_value, human_size, join_within, write_atomic
 from ...core.settings import load_settings
 from . import Listing, find_format, formats
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #3878be8c
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #b7fd259e
 @dataclass(frozen=True)
 class Caps:
     "What an archive may hold at most."
@@ -84,7 +84,7 @@ def _too_much(source: Path, what: str) -> BadInput:
     return BadInput("the archive holds too much", got=f"{source}: {what}",
                     fix=f"unpack it yourself; caps are {caps.files:,} files, {human_size(caps.one)} each, {human_size(caps.bytes)} in all, {caps.ratio:.0f} times its size")
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #acfce161
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #190bf6a9
 def prepare_archive(source: str) -> Path:
     "The folder with the archive's files, unpacked if the cache does not hold it whole."
     path = Path(source).expanduser().resolve()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_instances', 'Coco']
 
-# %% ../../../nbs/api/data/formats/10_coco.ipynb #1bc2ca15
+# %% ../../../nbs/api/data/formats/10_coco.ipynb #3af07c55
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from .documents import list_documents, parse_json, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object
 
-# %% ../../../nbs/api/data/formats/10_coco.ipynb #752fa22d
+# %% ../../../nbs/api/data/formats/10_coco.ipynb #66225ca9
 _KEYS = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
 _KNOWN = {"id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd", "attributes"}
 
@@ -38,7 +38,7 @@ def _find_split(path: Path) -> str:
     words = re.split(r"[^a-z]+", f"{path.parent.name} {path.stem}".lower())
     return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
 
-# %% ../../../nbs/api/data/formats/10_coco.ipynb #f68f53f8
+# %% ../../../nbs/api/data/formats/10_coco.ipynb #1128736f
 @formats.register("coco")
 class Coco:
     "Images, categories and annotations in JSON."
@@ -65,9 +65,9 @@ class Coco:
             write_atomic(root/"annotations"/f"instances_{split or 'all'}.json", dump_json(_describe(chosen, classes), indent=None), durable=False)
         return [sample.save(root, f"images/{sample.split}") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/10_coco.ipynb #00b892b6
+# %% ../../../nbs/api/data/formats/10_coco.ipynb #13dbe02a
 def _read_file(root: Path, path: Path) -> Iterator[Item]:
-    value, split = parse_json(path), _find_split(path)
+    value, split = parse_json(path), _find_split(path.relative_to(root))
     try:
         names = {category["id"]: str(category["name"]) for category in value.get("categories") or []}
         images, annotations = [dict(image) for image in value.get("images") or []], defaultdict(list)
@@ -79,10 +79,10 @@ def _read_file(root: Path, path: Path) -> Iterator[Item]:
 
 def _read_image(root: Path, image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[Any, str], split: str, folders: tuple[str, ...]) -> Item:
     name, given = image.get("file_name"), image.get("label")
-    try: objects = [_read_object(annotation, names) for annotation in annotations]
+    try: text = dump_objects(objects := [_read_object(annotation, names) for annotation in annotations])
     except BadAnnotation as e: return Item(clean_name(str(name)), None, problem="bad_annotation", detail=f"{e.what}: {e.got}")
     chosen = clean_name(given) if isinstance(given, str) else choose_label(objects)
-    return place_item(root, name, folders, label=chosen, given_split=split, objects=dump_objects(objects))
+    return place_item(root, name, folders, label=chosen, given_split=split, objects=text)
 
 def _read_object(annotation: dict[str, Any], names: dict[Any, str]) -> Object:
     if annotation.get("category_id") not in names: raise BadAnnotation("an annotation names no known category", got=annotation.get("category_id"))
@@ -97,7 +97,7 @@ def _read_object(annotation: dict[str, Any], names: dict[Any, str]) -> Object:
 
 def _area(each: Object) -> float: return each["box"][2]*each["box"][3]
 
-# %% ../../../nbs/api/data/formats/10_coco.ipynb #630a13b8
+# %% ../../../nbs/api/data/formats/10_coco.ipynb #27ef0360
 def _describe(chosen: list[tuple[int, Sample]], classes: dict[str, int]) -> dict[str, Any]:
     images = [{"id": k, "file_name": sample.name, "width": sample.width, "height": sample.height,
                **({"label": sample.label} if sample.label != choose_label(sample.objects) else {})} for k, sample in chosen]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FACTS', 'Sample', 'list_exported', 'name_files', 'Exported', 'list_writers', 'write_export', 'find_losses']
 
-# %% ../../../nbs/api/data/formats/06_exporting.ipynb #14ebe39e
+# %% ../../../nbs/api/data/formats/06_exporting.ipynb #8b9ef079
 import re
 import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +22,7 @@ from ...core.files import join_within
 from . import SPLITS, Item, formats
 from .objects import Object, parse_objects, to_pixels
 
-# %% ../../../nbs/api/data/formats/06_exporting.ipynb #f292770a
+# %% ../../../nbs/api/data/formats/06_exporting.ipynb #476085d6
 FACTS = ("tags", "camera", "taken")     # what a format may hold besides label, split and objects
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _clean_stem(name: str) -> str:
     text = unicodedata.normalize("NFC", PurePosixPath(name).stem)
     return re.sub(r"[^\w.+()-]+", "_", text).strip("._")[:60] or "image"
 
-# %% ../../../nbs/api/data/formats/06_exporting.ipynb #80f9448a
+# %% ../../../nbs/api/data/formats/06_exporting.ipynb #53140e88
 @dataclass(frozen=True)
 class Exported:
     "What was written, and what the format could not hold."
@@ -104,13 +104,17 @@ def write_export(samples: list[Sample], out: Path, format: str) -> Exported:
     part.mkdir(parents=True)
     try:
         names = formats[format].write(samples, part)
-        lost = find_losses(samples, names, formats[format].read(str(part)).items)
+        lost = find_losses(samples, names, _read_back(part, format))
         part.rename(out)
     finally: shutil.rmtree(part, ignore_errors=True)
     splits = Counter(sample.split for sample in samples if sample.split)
     return Exported(format, str(out), len(samples), dict(sorted(splits.items())), lost)
 
-# %% ../../../nbs/api/data/formats/06_exporting.ipynb #48583218
+def _read_back(root: Path, format: str) -> list[Item]:
+    try: return formats[format].read(str(root)).items
+    except BadInput as e: raise BadInput(f"{format} can hold nothing of these samples", got=e.what, fix="it holds objects, and nobody looked for any; --format folder or csv holds labels") from e
+
+# %% ../../../nbs/api/data/formats/06_exporting.ipynb #5c49954c
 def find_losses(
     samples: list[Sample],
     names: list[str],       # under which they were written, in the same order

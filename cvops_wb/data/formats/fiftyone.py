@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Fiftyone']
 
-# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #c8ae7956
+# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #6511a05f
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .documents import find_document, parse_json
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object, to_shares
 
-# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #7d3862f4
+# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #7e19c080
 _LISTS = {"Detections": "detections", "Polylines": "polylines"}
 _OWN = {"label", "bounding_box", "attributes", "tags", "polygons", "points", "closed", "filled"}
 
@@ -51,7 +51,7 @@ class Fiftyone:
         write_atomic(root/"samples.json", dump_json({"samples": [_write_sample(sample) for sample in samples]}, indent=None), durable=False)
         return [sample.save(root, "data") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #9b622008
+# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #c580c113
 def _read_sample(root: Path, sample: dict[str, Any], order: list[str]) -> Item:
     fields = [value for name in order if isinstance(value := sample.get(name), dict)]
     one = next((value for value in fields if value.get("_cls") == "Classification"), {})
@@ -59,10 +59,12 @@ def _read_sample(root: Path, sample: dict[str, Any], order: list[str]) -> Item:
     tags = [clean_name(tag) for tag in sample.get("tags") or [] if isinstance(tag, str)]
     split = next((SPLITS[tag.lower()] for tag in [str(sample.get("split")), *tags] if tag.lower() in SPLITS), "")
     facts = {"tags": [tag for tag in tags if tag.lower() not in SPLITS], **{name: sample[name] for name in ("camera", "taken") if isinstance(sample.get(name), str)}}
-    try: objects = None if many is None else [_read_object(each) for each in many.get(_LISTS[many["_cls"]]) or []]
+    try:
+        objects = [_read_object(each) for each in many.get(_LISTS[many["_cls"]]) or []] if many else []
+        text = dump_objects(objects) if many else ""
     except BadAnnotation as e: return Item(clean_name(str(sample.get("filepath"))), None, problem="bad_annotation", detail=f"{e.what}: {e.got}")
-    label = clean_name(str(one.get("label") or "")) or choose_label(objects or [])
-    return place_item(root, sample.get("filepath"), label=label, given_split=split, attributes=facts, objects="" if objects is None else dump_objects(objects))
+    label = clean_name(str(one.get("label") or "")) or choose_label(objects)
+    return place_item(root, sample.get("filepath"), label=label, given_split=split, attributes=facts, objects=text)
 
 def _read_object(each: Any) -> Object:
     if not isinstance(each, dict): raise BadAnnotation("an object is no mapping", got=repr(each)[:120])
@@ -74,7 +76,7 @@ def _read_object(each: Any) -> Object:
     except TypeError as e: raise BadAnnotation("a polygon is no list of points", got=repr(each)[:120]) from e
     return make_object(each.get("label") or "", each.get("bounding_box"), rings, kept, relative=True)
 
-# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #a709e27d
+# %% ../../../nbs/api/data/formats/13_fiftyone.ipynb #9505d5ca
 def _number(*parts: str) -> dict[str, str]: return {"$oid": hashlib.sha256("/".join(parts).encode()).hexdigest()[:24]}
 
 def _write_sample(sample: Sample) -> dict[str, Any]:

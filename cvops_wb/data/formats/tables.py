@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NAMES', 'COLUMNS', 'find_tables', 'read_rows', 'find_columns', 'Tables']
 
-# %% ../../../nbs/api/data/formats/14_tables.ipynb #5bdafb7d
+# %% ../../../nbs/api/data/formats/14_tables.ipynb #6757ef35
 import csv
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ from .documents import TEXT_BYTES, list_documents, read_document, read_head
 from .exporting import Sample
 from .objects import choose_label, dump_objects, make_object, parse_objects
 
-# %% ../../../nbs/api/data/formats/14_tables.ipynb #51a3dda4
+# %% ../../../nbs/api/data/formats/14_tables.ipynb #9a6c4aee
 NAMES = ("labels", "annotations", "metadata", "samples", "index")
 COLUMNS = {"path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path"), "label": ("label", "class", "class_name", "category"),
            "split": ("split", "set", "subset"), "objects": ("objects",), "tags": ("tags",), "camera": ("camera",), "taken": ("taken",)}
@@ -50,7 +50,7 @@ def find_columns(names: list[str], label: str = "") -> dict[str, str]:
     found = {kind: next((lower[name] for name in ways if name in lower), "") for kind, ways in COLUMNS.items()}
     return {kind: name for kind, name in {**found, **({"label": lower[label.lower()]} if label else {})}.items() if name}
 
-# %% ../../../nbs/api/data/formats/14_tables.ipynb #cd3f2e14
+# %% ../../../nbs/api/data/formats/14_tables.ipynb #2b21bd18
 @formats.register("csv")
 class Tables:
     "A table of paths and labels."
@@ -85,9 +85,11 @@ class Tables:
 
 def _read_row(root: Path, row: dict[str, str], columns: dict[str, str]) -> Item:
     value = {kind: clean_name(row[name]) for kind, name in columns.items() if kind != "path"}
-    try: objects = [make_object(each.pop("label"), each.pop("box"), **each) for each in parse_objects(value.get("objects", ""))]
+    try:
+        objects = [make_object(each.pop("label"), each.pop("box"), **each) for each in parse_objects(value.get("objects", ""))]
+        text = dump_objects(objects) if value.get("objects") else ""
     except (BadInput, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         return Item(clean_name(row[columns["path"]]), None, problem="bad_annotation", detail=f"the objects make no sense: {clean_name(str(e))[:200]}")
     facts = {"tags": [tag for tag in value.get("tags", "").split(";") if tag], "camera": value.get("camera", ""), "taken": value.get("taken", "")}
     return place_item(root, row[columns["path"]].strip(), label=value.get("label", "").strip() or choose_label(objects), given_split=SPLITS.get(value.get("split", "").strip().lower(), ""),
-                      attributes=facts, objects=dump_objects(objects) if value.get("objects") else "")
+                      attributes=facts, objects=text)

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'find_annotations', 'read_splits', 'Voc']
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #e9a743a0
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #fff440f1
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from ...core.errors import BadInput
-from ...core.files import join_within, write_atomic
-from . import IMAGES, SPLITS, Item, Listing, clean_name, formats, place_item, walk_images
+from ...core.files import write_atomic
+from . import IMAGES, SPLITS, Item, Listing, formats, place_item, walk_images
 from .documents import find_document, list_documents, parse_xml, read_document, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object
 
 if TYPE_CHECKING: from xml.etree.ElementTree import Element
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #807b3b3c
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #d7857910
 ATTRIBUTES = {"pose": str, "truncated": int, "difficult": int, "occluded": int}
 
 def find_annotations(source: str) -> tuple[Path, list[Path]]:
@@ -39,7 +39,7 @@ def read_splits(root: Path) -> dict[str, str]:
     lists = [(split, find_document(root, f"ImageSets/Main/{name}.txt")) for name, split in SPLITS.items()]
     return {line.split()[0]: split for split, path in lists if path for line in read_document(path).splitlines() if line.strip()}
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #96b2f7ac
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #94b3dc85
 @formats.register("voc")
 class Voc:
     "An XML file for each image."
@@ -71,7 +71,7 @@ class Voc:
         (root/"Annotations").mkdir(exist_ok=True)
         return [sample.save(root, "JPEGImages") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #8e288d5e
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #10daeb26
 def _open_page(path: Path) -> "tuple[str, Element | None]":
     try: return "", parse_xml(path)
     except BadInput as e: return f"{e.what}: {e.got}", None
@@ -111,7 +111,7 @@ def _convert(kind: type, text: str) -> str | int:
     try: return kind(text)
     except ValueError: return text
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #45e06b7c
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #a2fc4619
 def _write_page(sample: Sample) -> bytes:
     from xml.etree import ElementTree
     page = ElementTree.Element("annotation")

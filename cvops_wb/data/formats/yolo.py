@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_description', 'read_classes', 'list_folders', 'Yolo']
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #2d1a383d
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #ec8a8ea7
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from .documents import find_document, list_documents, parse_yaml, read_document,
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, find_bounds, make_object, to_shares
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #ef52698d
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #fcfbf94b
 def find_description(source: str) -> Path | None:
     "The `data.yaml` of a source, whatever its name; None if there is none."
     path = Path(source).expanduser().resolve()
@@ -53,7 +53,7 @@ def _is_below(root: Path, name: str) -> bool:
     try: return name == "." or join_within(root, name).exists()
     except (BadInput, ValueError): return False
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #06623cf5
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #4359906b
 @formats.register("yolo")
 class Yolo:
     "A `data.yaml`, images, and a text file of boxes for each."
@@ -89,7 +89,7 @@ class Yolo:
         write_atomic(root/"data.yaml", text, durable=False)
         return [sample.save(root, f"images/{sample.split or 'all'}") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #ed9fd3b2
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #71d1abe1
 def _list_names(root: Path, place: str, skipped: Counter) -> Iterator[str]:
     "Names below the root of the images in a folder, or in a list."
     if not join_within(root, place).is_file():
@@ -103,9 +103,9 @@ def _read_item(root: Path, name: str, split: str, classes: dict[int, str]) -> It
     if "images" in parts: parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
     path = find_document(root, PurePosixPath(*parts).with_suffix(".txt").as_posix()) if parts and parts[-1] not in ("/", "..") else None
     if path is None: return place_item(root, name, given_split=split)
-    try: objects = [_read_line(line, classes) for line in read_document(path).splitlines() if line.strip()]
+    try: text = dump_objects(objects := [_read_line(line, classes) for line in read_document(path).splitlines() if line.strip()])
     except BadInput as e: return Item(clean_name(name), None, problem="bad_annotation", detail=f"{e.what}: {e.got}")
-    return place_item(root, name, given_split=split, label=choose_label(objects), objects=dump_objects(objects))
+    return place_item(root, name, given_split=split, label=choose_label(objects), objects=text)
 
 def _read_line(line: str, classes: dict[int, str]) -> Object:
     try: number, *values = map(float, line.split())
