@@ -87,11 +87,12 @@ def walk_images(
 
 def _make_item(root: Path, path: Path) -> Item:
     name = clean_name(path.relative_to(root).as_posix())
-    try: place = path.resolve()
-    except (OSError, RuntimeError) as e: return Item(name, None, problem="unreadable", detail=str(e))
-    if not place.is_relative_to(root): return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
-    if path.is_symlink() and path.is_dir(): return Item(name, None, problem="link_to_folder", detail="links to folders are not followed")
-    if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
+    try:
+        place = path.resolve()
+        if not place.is_relative_to(root): return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
+        if path.is_symlink() and path.is_dir(): return Item(name, None, problem="link_to_folder", detail="links to folders are not followed")
+        if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
+    except (OSError, RuntimeError) as e: return Item(name, None, problem="unreadable", detail=clean_name(str(e)))
     return Item(name, place)
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #0a485008
@@ -109,7 +110,7 @@ def place_item(
         found = next((way for way in tries if join_within(root, way).is_file()), tries[0])
         path = join_within(root, found)
     except BadInput as e: return Item(shown, None, problem="outside_root", detail=e.what, **facts)
-    except (OSError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)
     return Item(clean_name(found), path, **facts)
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #a41fe072

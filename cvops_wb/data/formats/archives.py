@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'Entry', 'Caps', 'unpack', 'prepare_archive', 'enter_single', 'Archive', 'read_inside']
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #7891e000
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #5e1649b6
 import os
 import shutil
 import tarfile
@@ -23,7 +23,7 @@ from ...core.files import hash_value, human_size, join_within, write_atomic
 from ...core.settings import load_settings
 from . import Listing, find_format, formats
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #b7fd259e
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #cedeae78
 @dataclass(frozen=True)
 class Caps:
     "What an archive may hold at most."
@@ -65,7 +65,7 @@ def _list_entries(source: Path) -> Iterator[Entry]:
 
 def _judge_zip(entry: zipfile.ZipInfo) -> str:
     mode = entry.external_attr >> 16
-    if entry.is_dir() or S_ISDIR(mode): return "folder"
+    if entry.filename.endswith("/") or S_ISDIR(mode): return "folder"
     return "link or device" if S_ISLNK(mode) or (mode & 0o170000 and not S_ISREG(mode)) else "file"
 
 def _write(name: str, opener: Any, folder: Path, most: int, source: Path) -> int:
@@ -84,7 +84,7 @@ def _too_much(source: Path, what: str) -> BadInput:
     return BadInput("the archive holds too much", got=f"{source}: {what}",
                     fix=f"unpack it yourself; caps are {caps.files:,} files, {human_size(caps.one)} each, {human_size(caps.bytes)} in all, {caps.ratio:.0f} times its size")
 
-# %% ../../../nbs/api/data/formats/20_archives.ipynb #190bf6a9
+# %% ../../../nbs/api/data/formats/20_archives.ipynb #411a6562
 def prepare_archive(source: str) -> Path:
     "The folder with the archive's files, unpacked if the cache does not hold it whole."
     path = Path(source).expanduser().resolve()

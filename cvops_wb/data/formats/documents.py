@@ -6,7 +6,7 @@
 __all__ = ['TEXT_BYTES', 'PAGE_BYTES', 'list_documents', 'find_document', 'read_document', 'read_head', 'parse_json',
            'parse_yaml', 'parse_xml']
 
-# %% ../../../nbs/api/data/formats/05_documents.ipynb #d3a022da
+# %% ../../../nbs/api/data/formats/05_documents.ipynb #bb4e3c60
 import json
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ from ...core.files import human_size, join_within
 
 if TYPE_CHECKING: from xml.etree.ElementTree import Element
 
-# %% ../../../nbs/api/data/formats/05_documents.ipynb #2887577e
+# %% ../../../nbs/api/data/formats/05_documents.ipynb #ac5ac052
 TEXT_BYTES, PAGE_BYTES = 2_000_000_000, 20_000_000     # of a document about all images, and about one
 
 def list_documents(
@@ -28,18 +28,18 @@ def list_documents(
 ) -> list[Path]:
     "Documents in a folder below `root`, by name; those that a link takes out of it are not among them."
     try: place = join_within(root, folder) if folder else Path(root).resolve()
-    except BadInput: return []
-    if not place.is_dir(): return []
+    except (BadInput, OSError, RuntimeError): return []     # a circle of links is a RuntimeError
+    if not os.path.isdir(place): return []     # also False for a name that is too long for the disk
     names = sorted(entry.name for entry in os.scandir(place) if entry.name.lower().endswith(suffixes) and not entry.name.startswith("."))
     return [path for name in names if (path := find_document(root, f"{folder}/{name}" if folder else name))]
 
 def find_document(root: Path, name: str) -> Path | None:
     "An ordinary file below `root` by its relative name; None if there is none, or if it lies elsewhere."
     try: path = join_within(root, name)
-    except (BadInput, ValueError): return None
-    return path if path.is_file() else None
+    except (BadInput, ValueError, OSError, RuntimeError): return None
+    return path if os.path.isfile(path) else None
 
-# %% ../../../nbs/api/data/formats/05_documents.ipynb #c4179e7c
+# %% ../../../nbs/api/data/formats/05_documents.ipynb #5877ae48
 def read_document(path: Path, most: int = PAGE_BYTES) -> str:
     "The text of a document; `BadInput` if it is too large, no ordinary file, or no UTF-8."
     try:
@@ -57,7 +57,7 @@ def read_head(path: Path, count: int = 65536) -> str:
             return file.read(count).decode("utf-8-sig", "replace")
     except OSError: return ""
 
-# %% ../../../nbs/api/data/formats/05_documents.ipynb #5faeba29
+# %% ../../../nbs/api/data/formats/05_documents.ipynb #d1a37130
 def parse_json(path: Path) -> dict[str, Any]:
     "The object in a JSON file; `BadInput` if there is none."
     try: value = json.loads(read_document(path, TEXT_BYTES), parse_constant=lambda _: None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'open_remote', 'list_remote', 'prepare_remote', 'Remote']
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #8889bfe3
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #4a93f377
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ from ...core.settings import load_settings
 from . import Listing, formats
 from .archives import SUFFIXES, Caps, prepare_archive, read_inside
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #aba30e67
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #8e1cc6fd
 EXTRAS = {"s3": "s3", "s3a": "s3", "memory": "curate"}    # scheme → the extra that brings it
 
 def open_remote(source: str) -> tuple[Any, str]:
@@ -44,7 +44,7 @@ def list_remote(source: str, caps: Caps = Caps()) -> list[tuple[str, int, str]]:
     if len(files) > caps.files or total > caps.bytes or largest > caps.one: raise BadInput("there is too much at this address", got=f"{len(files):,} files, {human_size(total)}", fix="give a longer prefix")
     return files
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #15e62915
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #9c50afa5
 def prepare_remote(source: str) -> Path:
     "The folder with a copy of the files, fetched if the cache does not hold it whole."
     files, (system, place) = list_remote(source), open_remote(source)
@@ -54,11 +54,11 @@ def prepare_remote(source: str) -> Path:
     root, base = folder/"files", system._strip_protocol(place)
     root.mkdir(parents=True)
     jobs = [(path, join_within(root, path.removeprefix(base).lstrip("/") or path.rpartition("/")[2])) for path, *_ in files]
-    for parent in {path.parent for _, path in jobs}: parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(job: tuple[str, Path]) -> None: job[1].write_bytes(system.cat_file(job[0]))
 
     try:
+        for parent in {path.parent for _, path in jobs}: parent.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(8) as pool: list(show_progress(pool.map(fetch, jobs), "fetch", total=len(jobs)))
     except Exception as e: raise BadInput("a file of the object store could not be fetched", got=f"{source}: {type(e).__name__}: {e}", fix="run it again") from e
     write_atomic(folder/".complete", "")

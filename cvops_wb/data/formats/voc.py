@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'find_annotations', 'read_splits', 'Voc']
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #fff440f1
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #e3ca5eb3
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,14 +21,14 @@ from .objects import BadAnnotation, Object, choose_label, dump_objects, make_obj
 
 if TYPE_CHECKING: from xml.etree.ElementTree import Element
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #d7857910
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #62d0c00e
 ATTRIBUTES = {"pose": str, "truncated": int, "difficult": int, "occluded": int}
 
 def find_annotations(source: str) -> tuple[Path, list[Path]]:
     "The root of a source, and its XML files; a single `VOC2012/` or `VOCdevkit/VOC2012/` below is entered."
     root = Path(source).expanduser().resolve()
     for _ in range(2):
-        inner = [path for path in sorted(root.glob("VOC*")) if path.is_dir() and not path.is_symlink()] if not (root/"Annotations").is_dir() else []
+        inner = [path for path in sorted(root.glob("VOC*")) if path.is_dir() and not path.is_symlink()] if not os.path.isdir(root/"Annotations") else []
         if len(inner) == 1: root = inner[0]
     found = [path for folder in ("Annotations", "annotations", "", *SPLITS) for path in list_documents(root, folder, (".xml",))]
     return root, found if found and _looks(found[0]) else []
@@ -39,7 +40,7 @@ def read_splits(root: Path) -> dict[str, str]:
     lists = [(split, find_document(root, f"ImageSets/Main/{name}.txt")) for name, split in SPLITS.items()]
     return {line.split()[0]: split for split, path in lists if path for line in read_document(path).splitlines() if line.strip()}
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #94b3dc85
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #77931311
 @formats.register("voc")
 class Voc:
     "An XML file for each image."
@@ -71,7 +72,7 @@ class Voc:
         (root/"Annotations").mkdir(exist_ok=True)
         return [sample.save(root, "JPEGImages") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #10daeb26
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #966d2642
 def _open_page(path: Path) -> "tuple[str, Element | None]":
     try: return "", parse_xml(path)
     except BadInput as e: return f"{e.what}: {e.got}", None
@@ -111,7 +112,7 @@ def _convert(kind: type, text: str) -> str | int:
     try: return kind(text)
     except ValueError: return text
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #a2fc4619
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #7af18cbe
 def _write_page(sample: Sample) -> bytes:
     from xml.etree import ElementTree
     page = ElementTree.Element("annotation")

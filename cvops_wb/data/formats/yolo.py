@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_description', 'read_classes', 'list_folders', 'Yolo']
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #ec8a8ea7
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #1ce70a13
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ from .documents import find_document, list_documents, parse_yaml, read_document,
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, find_bounds, make_object, to_shares
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #fcfbf94b
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #5348cddc
 def find_description(source: str) -> Path | None:
     "The `data.yaml` of a source, whatever its name; None if there is none."
     path = Path(source).expanduser().resolve()
@@ -51,9 +51,9 @@ def _find_entry(root: Path, base: str, entry: Any) -> str:
 
 def _is_below(root: Path, name: str) -> bool:
     try: return name == "." or join_within(root, name).exists()
-    except (BadInput, ValueError): return False
+    except (BadInput, ValueError, OSError, RuntimeError): return False
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #4359906b
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #16710439
 @formats.register("yolo")
 class Yolo:
     "A `data.yaml`, images, and a text file of boxes for each."
@@ -89,7 +89,7 @@ class Yolo:
         write_atomic(root/"data.yaml", text, durable=False)
         return [sample.save(root, f"images/{sample.split or 'all'}") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/11_yolo.ipynb #71d1abe1
+# %% ../../../nbs/api/data/formats/11_yolo.ipynb #51dc5f90
 def _list_names(root: Path, place: str, skipped: Counter) -> Iterator[str]:
     "Names below the root of the images in a folder, or in a list."
     if not join_within(root, place).is_file():
