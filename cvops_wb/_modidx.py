@@ -354,6 +354,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'cvops_wb/data/formats/objects.py'),
                                                'cvops_wb.data.formats.objects.choose_label': ( 'api/data/formats/objects.html#choose_label',
                                                                                                'cvops_wb/data/formats/objects.py'),
+                                               'cvops_wb.data.formats.objects.count_classes': ( 'api/data/formats/objects.html#count_classes',
+                                                                                                'cvops_wb/data/formats/objects.py'),
                                                'cvops_wb.data.formats.objects.dump_objects': ( 'api/data/formats/objects.html#dump_objects',
                                                                                                'cvops_wb/data/formats/objects.py'),
                                                'cvops_wb.data.formats.objects.find_bounds': ( 'api/data/formats/objects.html#find_bounds',

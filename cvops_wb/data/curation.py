@@ -24,6 +24,7 @@ from ..core.places import name_final
 from ..core.records import Batch, Selection
 from ..core.settings import Settings, load_settings
 from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representatives
+from .formats.objects import count_classes
 from .images import decode_image
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_leaks, has_split, link_bursts, split_given, split_grouped
@@ -134,9 +135,9 @@ def _write_pairs(table: pd.DataFrame, pairs: pd.DataFrame, path: Path) -> None:
 def _summarise(table: pd.DataFrame, strategy: str, run: str, samples: str, sha256: str) -> Selection:
     inside = table[table["split"] != "none"]
     splits = {name: int(count) for name in SPLITS if (count := (table["split"] == name).sum())}
-    tags, classes = Counter(chain(*table["tags"])), inside["label"].value_counts().sort_index()
+    tags, classes = Counter(chain(*table["tags"])), count_classes(inside["label"], inside["objects"])
     return Selection(run, samples, len(inside), len(table) - len(inside), dict(sorted(tags.items())), splits, int(inside["group"].nunique()),
-                     strategy, {label: int(count) for label, count in classes.items()}, sha256)
+                     strategy, classes, sha256)
 
 # %% ../../nbs/api/data/13_curation.ipynb #b09081b2
 def count_splits(table: pd.DataFrame) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from ..core.progress import show_progress
 from ..core.records import Batch
 from ..core.settings import Settings, load_settings
 from .formats import Item, Listing, explain_source, find_format
+from .formats.objects import count_classes
 from .images import decode_image, inspect_image
 from .store import Arrival, Store, commit, open_writer, read_blob, read_samples, stage, tabulate, write_samples
 
@@ -169,7 +170,7 @@ def ingest(
     if table.empty: raise _all_refused(source, rejected)
     write_samples(table, out/"samples.parquet")
     _write_rejected(rejected, out/"rejected.parquet")
-    classes = {label: int(count) for label, count in table.label[table.label != ""].value_counts().sort_index().items()}
+    classes = count_classes(table["label"], table["objects"])
     batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"))
     write_picture(out/"classes.png", draw_classes(batch))
     write_picture(out/"samples.png", draw_samples(batch, table=table))

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Object', 'BadAnnotation', 'make_object', 'find_bounds', 'dump_objects', 'parse_objects', 'choose_label',
-           'list_object_classes', 'to_pixels', 'to_shares']
+           'count_classes', 'list_object_classes', 'to_pixels', 'to_shares']
 
-# %% ../../../nbs/api/data/formats/04_objects.ipynb #4a9d1809
+# %% ../../../nbs/api/data/formats/04_objects.ipynb #be4156c1
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...core.errors import BadInput
 from . import clean_name
 
-# %% ../../../nbs/api/data/formats/04_objects.ipynb #4f3346d1
+# %% ../../../nbs/api/data/formats/04_objects.ipynb #cb635d89
 Object = dict[str, Any]     # label, box; perhaps polygons, attributes, relative
 
 class BadAnnotation(BadInput): "What a source says of an image makes no sense."
@@ -49,7 +50,7 @@ def find_bounds(
     across, down = [x for ring in rings for x in ring[::2]], [y for ring in rings for y in ring[1::2]]
     return [min(across), min(down), max(across) - min(across), max(down) - min(down)]
 
-# %% ../../../nbs/api/data/formats/04_objects.ipynb #d0620c0e
+# %% ../../../nbs/api/data/formats/04_objects.ipynb #da64d8e1
 def dump_objects(objects: list[Object]) -> str:
     "Objects as canonical JSON, in their order; `BadAnnotation` for an attribute that JSON cannot hold."
     found = [_round_object(each) for each in objects]
@@ -75,11 +76,16 @@ def choose_label(objects: list[Object]) -> str:
     classes = {each["label"] for each in objects}
     return classes.pop() if len(classes) == 1 else ""
 
+def count_classes(labels: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
+    "Class → images that bear it as their label or hold an object of it, by name."
+    found = Counter(name for label, text in zip(labels, texts) for name in ({label} | {each["label"] for each in parse_objects(text)}) - {""})
+    return dict(sorted(found.items()))
+
 def list_object_classes(texts: Iterable[str]) -> set[str]:
     "Every class that occurs in these texts."
     return {each["label"] for text in set(texts) for each in parse_objects(text)} - {""}
 
-# %% ../../../nbs/api/data/formats/04_objects.ipynb #586f43b8
+# %% ../../../nbs/api/data/formats/04_objects.ipynb #ee116aa2
 def to_pixels(text: str, width: int, height: int) -> str:
     "The text with every relative box and polygon in pixels of an image of this size."
     if '"relative":true' not in text: return text
