@@ -1,6 +1,7 @@
 "Formats in and out: what is read, what is set aside, and that a round trip loses only what it says."
 import io
 import json
+import os
 import sqlite3
 import tarfile
 import zipfile
@@ -154,6 +155,39 @@ def test_real_boards_through_every_format_and_back(pcb, workbench, tmp_path):
         _, again, _ = take(tmp_path/format, workbench, format)
         assert by_image(again, "objects") == by_image(table, "objects"), format
         assert by_image(again, "given_split") == by_image(table, "given_split"), format
+    from cvops_wb.loop.cli import export
+    told = export(str(tmp_path/"told"), "voc", snapshot.id)
+    assert told.document["snapshot"] == snapshot.id and told.document["count"] == 40 and told.document["lost"].keys() <= {"tags", "labels of images"} and "40 images as voc" in told.text
+    assert export(str(tmp_path/"dry"), dry_run=True).text.startswith("would write 40 images") and not (tmp_path/"dry").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("CVOPS_FULL") != "1", reason="FiftyOne and its database take half a minute: make test-full")
+def test_another_tool_reads_what_we_wrote(pcb, workbench, tmp_path):
+    "FiftyOne's own importers find the same boxes; in VOC one pixel to the side, since they take its first pixel for zero."
+    from cvops_wb.data.views import open_fiftyone
+    root, truth = pcb
+    paths = [(split, path) for split in ("train", "val") for path in sorted((root/"images"/split).glob("*.jpg"))]
+    samples = [Sample(path.stem.zfill(16), path.name, "board", split, parse_objects(dump_objects(truth[path.stem])), True, 640, 640, {"tags": ["dark"], "camera": "K", "taken": ""}, path.read_bytes)
+               for split, path in paths]
+    for format in ("coco", "yolo", "voc", "fiftyone"): write_export(samples, tmp_path/format, format)
+    with open_fiftyone(workbench) as fo:
+        kinds, val = fo.types, {path.stem for split, path in paths if split == "val"}
+        cases = {
+            "fiftyone": ({"dataset_type": kinds.FiftyOneDataset, "dataset_dir": tmp_path/"fiftyone"}, truth.keys(), .001),
+            "coco": ({"dataset_type": kinds.COCODetectionDataset, "data_path": tmp_path/"coco/images/val", "labels_path": tmp_path/"coco/annotations/instances_val.json"}, val, .001),
+            "yolo": ({"dataset_type": kinds.YOLOv5Dataset, "dataset_dir": tmp_path/"yolo", "yaml_path": "data.yaml", "split": "val"}, val, .001),
+            "voc": ({"dataset_type": kinds.VOCDetectionDataset, "data_path": tmp_path/"voc/JPEGImages", "labels_path": tmp_path/"voc/Annotations"}, truth.keys(), 1.001),
+        }
+        for format, (options, stems, tolerance) in cases.items():
+            dataset = fo.Dataset.from_dir(**{name: value if isinstance(value, type) else str(value) for name, value in options.items()})
+            field = next(name for name in ("ground_truth", "detections") if dataset.has_field(name))
+            found = {Path(sample.filepath).stem: sorted((each.label, *(640*share for share in each.bounding_box)) for each in sample[field].detections) for sample in dataset}
+            assert found.keys() == stems, format
+            for stem, rows in found.items():
+                want = sorted((each["label"], *each["box"]) for each in truth[stem])
+                assert [row[0] for row in rows] == [row[0] for row in want] and np.allclose([row[1:] for row in rows], [row[1:] for row in want], atol=tolerance), (format, stem)
+            if format == "fiftyone": assert dataset.count_values("label.label") == {"board": 40} and dataset.count_sample_tags() == {"train": 20, "val": 20, "dark": 40}
 
 
 def test_real_photographs_through_every_format_that_holds_labels(grocery, workbench, tmp_path):

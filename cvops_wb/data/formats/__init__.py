@@ -107,7 +107,7 @@ def place_item(
     try:
         join_within(root, name)
         tries = list(dict.fromkeys(PurePosixPath(folder, way).as_posix() for way in (name, name.replace("\\", "/")) for folder in folders))
-        found = next((way for way in tries if join_within(root, way).is_file()), tries[0])
+        found = next((way for way in tries if os.path.lexists(os.path.join(root, way))), tries[0])
         path = join_within(root, found)
     except BadInput as e: return Item(shown, None, problem="outside_root", detail=e.what, **facts)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTRAS', 'open_remote', 'list_remote', 'prepare_remote', 'Remote']
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #4a93f377
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #4fce2d31
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ from ...core.settings import load_settings
 from . import Listing, formats
 from .archives import SUFFIXES, Caps, prepare_archive, read_inside
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #8e1cc6fd
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #7024c21d
 EXTRAS = {"s3": "s3", "s3a": "s3", "memory": "curate"}    # scheme → the extra that brings it
 
 def open_remote(source: str) -> tuple[Any, str]:
@@ -35,7 +35,9 @@ def open_remote(source: str) -> tuple[Any, str]:
 def list_remote(source: str, caps: Caps = Caps()) -> list[tuple[str, int, str]]:
     "Path, size and version of each file; `BadInput` if there is none, or too much."
     system, place = open_remote(source)
-    try: found = system.find(place, detail=True)
+    try:
+        system.invalidate_cache()   # else it remembers what it saw a while ago
+        found = system.find(place, detail=True)
     except Exception as e: raise BadInput("the object store cannot be read", got=f"{source}: {type(e).__name__}: {e}", fix="check the address, the credentials and AWS_ENDPOINT_URL") from e
     files = sorted((path, int(info.get("size") or 0), str(info.get("ETag") or info.get("etag") or info.get("LastModified") or info.get("created") or ""))
                    for path, info in found.items() if info.get("type") == "file" and not path.endswith("/"))
@@ -44,7 +46,7 @@ def list_remote(source: str, caps: Caps = Caps()) -> list[tuple[str, int, str]]:
     if len(files) > caps.files or total > caps.bytes or largest > caps.one: raise BadInput("there is too much at this address", got=f"{len(files):,} files, {human_size(total)}", fix="give a longer prefix")
     return files
 
-# %% ../../../nbs/api/data/formats/21_remotes.ipynb #9c50afa5
+# %% ../../../nbs/api/data/formats/21_remotes.ipynb #647e9758
 def prepare_remote(source: str) -> Path:
     "The folder with a copy of the files, fetched if the cache does not hold it whole."
     files, (system, place) = list_remote(source), open_remote(source)
@@ -55,7 +57,7 @@ def prepare_remote(source: str) -> Path:
     root.mkdir(parents=True)
     jobs = [(path, join_within(root, path.removeprefix(base).lstrip("/") or path.rpartition("/")[2])) for path, *_ in files]
 
-    def fetch(job: tuple[str, Path]) -> None: job[1].write_bytes(system.cat_file(job[0]))
+    def fetch(job: tuple[str, Path]) -> None: system.get_file(job[0], str(job[1]))
 
     try:
         for parent in {path.parent for _, path in jobs}: parent.mkdir(parents=True, exist_ok=True)
