@@ -216,6 +216,7 @@ def run_child(base: str, bug: str) -> None:
     "Read every source, take its items in, and write an export with labels and names that want to leave; for a process under strace."
     import fsspec
     import pandas as pd
+    from fsspec.implementations.memory import MemoryFile
 
     from cvops_wb.core.errors import CvopsError
     from cvops_wb.core.settings import load_settings
@@ -231,7 +232,7 @@ def run_child(base: str, bug: str) -> None:
     except FileNotFoundError: pass
     items, failed, counts = [], [], Counter()
     remote = [(f"remote{k}", name) for k, name in enumerate(work["names"]) if name.isprintable() and name.strip("/.")]
-    for bucket, name in remote: memory.store.update({f"/{bucket}/{key}": memory.store["/good"] for key in ("tea/good.jpg", name)} if memory.pipe("/good", GOOD) is None else {})
+    for bucket, name in remote: memory.store.update({f"/{bucket}/{key}": MemoryFile(memory, f"/{bucket}/{key}", GOOD) for key in ("tea/good.jpg", name)})
     for format, source in [*work["cases"], *(("remote", f"memory://{bucket}") for bucket, _ in remote)]:
         try:
             found = find_format(source)[1] if format == "auto" else formats[format]

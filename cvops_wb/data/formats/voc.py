@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'find_annotations', 'read_splits', 'Voc']
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #e3ca5eb3
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #c2229d6a
 import os
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from .objects import BadAnnotation, Object, choose_label, dump_objects, make_obj
 
 if TYPE_CHECKING: from xml.etree.ElementTree import Element
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #62d0c00e
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #75c873af
 ATTRIBUTES = {"pose": str, "truncated": int, "difficult": int, "occluded": int}
 
 def find_annotations(source: str) -> tuple[Path, list[Path]]:
@@ -40,7 +40,7 @@ def read_splits(root: Path) -> dict[str, str]:
     lists = [(split, find_document(root, f"ImageSets/Main/{name}.txt")) for name, split in SPLITS.items()]
     return {line.split()[0]: split for split, path in lists if path for line in read_document(path).splitlines() if line.strip()}
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #77931311
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #e31277dc
 @formats.register("voc")
 class Voc:
     "An XML file for each image."
@@ -72,7 +72,7 @@ class Voc:
         (root/"Annotations").mkdir(exist_ok=True)
         return [sample.save(root, "JPEGImages") for sample in samples]
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #966d2642
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #abfc5640
 def _open_page(path: Path) -> "tuple[str, Element | None]":
     try: return "", parse_xml(path)
     except BadInput as e: return f"{e.what}: {e.got}", None
@@ -81,7 +81,7 @@ def _read_page(root: Path, path: Path, page: "Element | None", problem: str, spl
     here = path.parent.relative_to(root).as_posix()
     named, folders = (page.findtext("filename") or "" if page is not None else "").strip(), ("JPEGImages", here, "images", "", *SPLITS)
     item = place_item(root, named or path.stem, folders)
-    if not item.problem and not item.path.is_file(): item = next(_find_stem(root, path.stem, folders), item)
+    if not item.problem and not os.path.isfile(item.path): item = next(_find_stem(root, path.stem, folders), item)
     split = splits.get(path.stem) or SPLITS.get(PurePosixPath(here).name.lower(), "")
     if item.problem: return item
     try: objects = [_read_object(node, first) for node in page.iter("object")] if page is not None else []
@@ -92,7 +92,7 @@ def _read_page(root: Path, path: Path, page: "Element | None", problem: str, spl
 def _find_stem(root: Path, stem: str, folders: tuple[str, ...]) -> Iterator[Item]:
     for suffix in sorted(IMAGES):
         item = place_item(root, f"{stem}{suffix}", folders)
-        if item.path is not None and item.path.is_file(): yield item
+        if item.path is not None and os.path.isfile(item.path): yield item
 
 def _list_corners(page: "Element") -> Iterator[float]:
     for name in ("xmin", "ymin"):
@@ -112,7 +112,7 @@ def _convert(kind: type, text: str) -> str | int:
     try: return kind(text)
     except ValueError: return text
 
-# %% ../../../nbs/api/data/formats/12_voc.ipynb #7af18cbe
+# %% ../../../nbs/api/data/formats/12_voc.ipynb #e805d293
 def _write_page(sample: Sample) -> bytes:
     from xml.etree import ElementTree
     page = ElementTree.Element("annotation")
