@@ -18,7 +18,7 @@ def call(*arguments, **environment):
 
 
 COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "run", "lab",
-            "status", "lineage", "doctor", "clean", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
+            "export", "status", "lineage", "doctor", "clean", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
 
 
 def test_help_is_in_the_order_of_the_loop():

@@ -25,6 +25,7 @@ from ..core.places import name_final
 from ..core.records import Batch, Selection
 from ..core.settings import Settings, load_settings
 from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representatives
+from .formats.objects import count_classes
 from .images import decode_image
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_leaks, has_split, link_bursts, split_given, split_grouped
@@ -79,10 +80,11 @@ def group_samples(
     links = pairs[["a", "b"]].itertuples(index=False, name=None)
     first = join_groups(len(table), chain(links, link_bursts(table) if spec.bursts else ()))
     near = join_groups(len(table), pairs[pairs.likeness >= spec.likeness][["a", "b"]].itertuples(index=False, name=None))
-    labels = table["label"].where(table["label"] != "").groupby(near).transform("nunique").to_numpy()
+    said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
+    labels = table["label"].where(said).groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
     return add_tags(table, near_duplicate=~(pick_representatives(table, near) | table["id"].isin(before or {})), label_conflict=labels > 1,
-                    unlabelled=table["label"] == "", exact_duplicate=table["sources"].map(len) > 1)
+                    unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)
 
 # %% ../../nbs/api/data/13_curation.ipynb #568722a2
 def read_sides(name: str, settings: Settings) -> dict[str, str]:
@@ -93,7 +95,7 @@ def read_sides(name: str, settings: Settings) -> dict[str, str]:
 
 def check_classes(table: pd.DataFrame, least: int) -> None:
     "`BadInput` if a class has fewer than `least` samples, of those that are not set aside."
-    counts = table.loc[~has_tag(table, *ASIDE), "label"].value_counts()
+    counts = table.loc[~has_tag(table, *ASIDE) & (table["label"] != ""), "label"].value_counts()
     small = counts[counts < least].sort_index()
     if small.empty: return
     named = ", ".join(f"{shorten(str(label))} ({count})" for label, count in small.head(8).items()) + (" …" if len(small) > 8 else "")
@@ -144,9 +146,9 @@ def _write_pairs(table: pd.DataFrame, pairs: pd.DataFrame, path: Path) -> None:
 def _summarise(table: pd.DataFrame, strategy: str, run: str, samples: str, sha256: str) -> Selection:
     inside = table[table["split"] != "none"]
     splits = {name: int(count) for name in SPLITS if (count := (table["split"] == name).sum())}
-    tags, classes = Counter(chain(*table["tags"])), inside["label"].value_counts().sort_index()
+    tags, classes = Counter(chain(*table["tags"])), count_classes(inside["label"], inside["objects"])
     return Selection(run, samples, len(inside), len(table) - len(inside), dict(sorted(tags.items())), splits, int(inside["group"].nunique()),
-                     strategy, {label: int(count) for label, count in classes.items()}, sha256)
+                     strategy, classes, sha256)
 
 # %% ../../nbs/api/data/13_curation.ipynb #b09081b2
 def count_splits(table: pd.DataFrame) -> pd.DataFrame:

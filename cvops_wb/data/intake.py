@@ -29,6 +29,7 @@ from ..core.progress import show_progress
 from ..core.records import Batch
 from ..core.settings import Settings, load_settings
 from .formats import Item, Listing, explain_source, find_format
+from .formats.objects import count_classes
 from .images import decode_image, inspect_image
 from .store import Arrival, Store, commit, open_writer, read_blob, read_samples, stage, tabulate, write_samples
 
@@ -49,7 +50,7 @@ def look_at(
     known: set[str],        # hashes that the journal holds
 ) -> Arrival:
     "Read, hash, inspect and stage one file; what is wrong with it is in the arrival, not raised."
-    arrival = Arrival(item.name, label=item.label, labeled_by=labeled_by if item.label else "", given_split=item.given_split)
+    arrival = Arrival(item.name, label=item.label, labeled_by=labeled_by if item.label else "", given_split=item.given_split, objects=item.objects)
     if item.path is None: return replace(arrival, reason=item.problem, detail=item.detail)
     try: data = _read(item.path, settings.data.max_bytes)
     except BadImage as e: return replace(arrival, reason=e.reason, detail=e.what, size=e.got)
@@ -166,12 +167,12 @@ def ingest(
     with open_writer(settings) as store:
         taken, new = take_in(store, listing, _name_origin(source), settings, spec.workers)
         facts = store.read_all("select * from samples")
-    table = tabulate(facts, [(a.sha256, a.name, a.label, a.labeled_by, a.given_split) for a in taken if not a.reason])
+    table = tabulate(facts, [(a.sha256, a.name, a.label, a.labeled_by, a.given_split, a.objects) for a in taken if not a.reason])
     rejected = [a for a in taken if a.reason]
     if table.empty: raise _all_refused(source, rejected)
     write_samples(table, out/"samples.parquet")
     _write_rejected(rejected, out/"rejected.parquet")
-    classes = {label: int(count) for label, count in table.label[table.label != ""].value_counts().sort_index().items()}
+    classes = count_classes(table["label"], table["objects"])
     batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"))
     write_picture(out/"classes.png", draw_classes(batch))
     write_picture(out/"samples.png", draw_samples(batch, table=table))
@@ -200,10 +201,11 @@ def fingerprint_source(
     spec: IngestSpec = IngestSpec(),
 ) -> str:
     "A hash that changes when a file of the source is added, removed, touched or labelled otherwise."
-    if not Path(source).expanduser().exists(): return hash_value([source])
-    name, format = find_format(source, spec.format)
+    name, format = find_format(source, spec.format) if Path(source).expanduser().exists() or "://" in source else ("", None)
+    if hasattr(format, "fingerprint"): return hash_value([name, format.fingerprint(source)])
+    if format is None: return hash_value([source])
     items = thin_out(format.read(source, spec.label).items, spec.limit)
-    return hash_value([name, [[item.name, item.label, item.given_split, item.problem, *_stat(item.path)] for item in items]])
+    return hash_value([name, [[item.name, item.label, item.given_split, item.objects, item.problem, *_stat(item.path)] for item in items]])
 
 def _stat(path: Path | None) -> tuple[int, int]:
     try: found = path.stat() if path else None

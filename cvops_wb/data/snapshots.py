@@ -31,6 +31,7 @@ from ..core.files import dump_json, hash_file, hash_value, join_within, read_jso
 from ..core.processes import QUIET, call
 from ..core.records import Selection, Snapshot, parse_record
 from ..core.settings import Settings, load_settings
+from .formats.objects import list_object_classes
 from .images import decode_image
 from .shards import Place, index_shards, pack_images
 from .splits import SPLITS
@@ -180,7 +181,7 @@ def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> Sna
     inside = table[table["split"] != "none"]
     splits = {split: int(count) for split in SPLITS if (count := (table["split"] == split).sum())}
     snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in shards], len(inside),
-                        sorted(set(inside["label"]) - {""}), splits, message or (before.message if before else ""),
+                        sorted((set(inside["label"]) | list_object_classes(inside["objects"])) - {""}), splits, message or (before.message if before else ""),
                         before.parent if before else parent)
     if before is None: append_event(settings, "versions", event="taken", snapshot=name, message=message, parent=parent)
     write_atomic(settings.versioned/"snapshots"/f"{name}.json", dump_json(snapshot.to_dict()))

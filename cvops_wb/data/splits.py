@@ -18,6 +18,7 @@ from ..core.errors import BadInput, WrongUsage
 from ..core.files import read_json
 from ..core.records import Batch
 from ..core.settings import Settings, load_settings
+from .formats.objects import list_object_classes
 
 # %% ../../nbs/api/data/12_splits.ipynb #5609ef79
 SPLITS = ("train", "val", "test")
@@ -95,6 +96,7 @@ def _move_one(table: pd.DataFrame, split: pd.Series, numbers: pd.Series, new: pd
 
 def check_labels(table: pd.DataFrame) -> None:
     "`BadInput` unless there are two classes or more."
+    if "objects" in table and list_object_classes(table["objects"]): return    # boxes are worth finding also where there is but one class
     classes = sorted(set(table["label"]) - {""})
     if not classes:
         raise BadInput("no image has a label", got=f"{len(table)} images", fix="put the images of each class into a sub-folder, or give a list")

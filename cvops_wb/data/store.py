@@ -28,8 +28,9 @@ import pandas as pd
 from ..core.errors import BadInput, BadRecord, CvopsError, NoRoom
 from ..core.files import sync_folder, write_atomic
 from ..core.places import locate
-from ..core.records import SAMPLE_COLUMNS
+from ..core.records import ADDED_COLUMNS, SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
+from .formats.objects import to_pixels
 from .images import ImageFacts
 from .shards import find_packed
 
@@ -60,6 +61,7 @@ def read_samples(
     place = Path(path) if Path(path).is_absolute() else locate(str(path), settings.root if settings else None)
     try: table = pq.read_table(place).to_pandas()
     except (OSError, pa.ArrowException) as e: raise BadRecord("a sample table cannot be read", got=f"{place}: {e}", fix="run the stage that writes it again with --force") from e
+    table = table.assign(**{name: value for name, value in ADDED_COLUMNS.items() if name not in table})
     missing = [name for name in SAMPLE_COLUMNS if name not in table]
     if missing: raise BadRecord("a sample table lacks columns", got=", ".join(missing), fix="run the stage that writes it again with --force")
     lists = {name: table[name].map(list) for name, kind in SAMPLE_COLUMNS.items() if kind == "list"}
@@ -79,17 +81,18 @@ class Arrival:
     staged: Path | None = None      # its bytes, synced, in `incoming/`; None: stored already
     reason: str = ""                # why it was set aside
     detail: str = ""
+    objects: str = ""               # what is where in it, as its source says
 
 _FACTS = [f.name for f in fields(ImageFacts)]
 _SCHEMA = f"""
 create table if not exists samples (sha256 text primary key, {", ".join(_FACTS)}, added text) without rowid;
 create table if not exists arrivals (origin text, name text, sha256 text, label text, labeled_by text, given_split text, seen text,
-    primary key (origin, name, sha256)) without rowid;
+    objects text not null default '', primary key (origin, name, sha256)) without rowid;
 create index if not exists arrivals_by_sample on arrivals (sha256);
 create table if not exists rejected (origin text, name text, sha256 text, reason text, detail text, file text, bytes integer, seen text,
     primary key (origin, name, sha256)) without rowid;
-pragma user_version = 1;
 """
+_VERSION = 2    # 2: arrivals.objects
 
 class Busy(CvopsError): "Another process writes to the store."
 
@@ -109,9 +112,9 @@ class Store:
             journal = sqlite3.connect(self.root/"journal.sqlite", timeout=30, isolation_level=None)
             journal.execute("pragma journal_mode = wal")
             journal.execute("pragma synchronous = full")
-            if journal.execute("pragma user_version").fetchone()[0] > 1:
+            if journal.execute("pragma user_version").fetchone()[0] > _VERSION:
                 raise BadRecord("the journal was written by a newer cvops_wb", got=self.root, fix="update the package")
-            journal.executescript(_SCHEMA)
+            _migrate(journal)
         sync_folder(self.root)
         return journal
 
@@ -147,6 +150,16 @@ def _explaining(place: Path) -> Iterator[None]:
             raise NoRoom("the disk is full; what was acknowledged is safe", got=place, fix="free some space (`cvops clean` empties the caches) and run it again") from e
         if isinstance(e, OSError) or "disk I/O" in str(e): raise NoRoom("the store cannot be written", got=e, fix=f"look at the disk, and at the permissions of {place}") from e
         raise BadRecord("the journal of the store cannot be used", got=f"{place}: {e}", fix="see `cvops doctor`; restore journal.sqlite from a backup") from e
+
+def _migrate(journal: sqlite3.Connection) -> None:
+    "Make the tables, and give those of an older version what they lack; a crash leaves the one or the other."
+    if journal.execute("pragma user_version").fetchone()[0] == _VERSION: return
+    journal.execute("begin immediate")
+    columns = {row[1] for row in journal.execute("pragma table_info(arrivals)")}
+    if columns and "objects" not in columns: journal.execute("alter table arrivals add column objects text not null default ''")
+    for statement in filter(str.strip, _SCHEMA.split(";")): journal.execute(statement)
+    journal.execute(f"pragma user_version = {_VERSION}")
+    journal.execute("commit")
 
 def make_folder(folder: Path) -> None:
     "Make a folder that survives a power loss, with its parents."
@@ -218,8 +231,8 @@ def commit(
             journal.executemany(f"insert or ignore into samples values ({_marks(len(_FACTS) + 2)})",
                                 [(sha, *(getattr(f, name) for name in _FACTS), now) for sha, f in facts.items()])
             new = journal.total_changes - before
-            journal.executemany(f"insert or replace into arrivals values ({_marks(7)})",
-                                [(origin, a.name, a.sha256, a.label, a.labeled_by, a.given_split, now) for a in arrivals if not a.reason])
+            journal.executemany(f"insert or replace into arrivals (origin, name, sha256, label, labeled_by, given_split, seen, objects) values ({_marks(8)})",
+                                [(origin, a.name, a.sha256, a.label, a.labeled_by, a.given_split, now, a.objects) for a in arrivals if not a.reason])
             journal.executemany(f"insert or replace into rejected values ({_marks(8)})", [_reject(origin, a, now) for a in arrivals if a.reason])
             journal.execute("commit")
         except BaseException:
@@ -247,7 +260,7 @@ def _move(store: Store, arrivals: list[Arrival]) -> None:
     with ThreadPoolExecutor(8) as pool: list(pool.map(sync_folder, folders))    # many waits at once cost the disk one
 
 # %% ../../nbs/api/data/02_store.ipynb #eaa026a8
-Source = tuple[str, str, str, str, str]     # sha256, name, label, labeled_by, given_split
+Source = tuple[str, str, str, str, str, str]    # sha256, name, label, labeled_by, given_split, objects
 
 def tabulate(
     facts: pd.DataFrame,        # one row a sample: sha256 and the names of `ImageFacts`
@@ -257,22 +270,24 @@ def tabulate(
     found: dict[str, list[tuple]] = {}
     for sha256, *rest in sorted(set(sources), key=lambda source: (source[1], source)): found.setdefault(sha256, []).append(tuple(rest))
     rows = [{"id": sha256[:16], "sha256": sha256, **_merge(files), "group": "", "split": ""} for sha256, files in found.items()]
-    table = pd.DataFrame(rows, columns=["id", "sha256", "sources", "label", "labeled_by", "given_split", "tags", "group", "split"])
-    return table.merge(facts, on="sha256")[list(SAMPLE_COLUMNS)]
+    table = pd.DataFrame(rows, columns=["id", "sha256", "sources", "label", "labeled_by", "given_split", "tags", "group", "split", "objects"]).merge(facts, on="sha256")
+    objects = [to_pixels(*found) for found in zip(table["objects"], table["width"], table["height"])]
+    return table.assign(objects=objects)[list(SAMPLE_COLUMNS)]
 
 def _merge(files: list[tuple]) -> dict[str, Any]:
-    "One row from the sources of one image: (name, label, labeled_by, given_split) of each."
-    names, labels, makers, splits = zip(*files)
+    "One row from the sources of one image: (name, label, labeled_by, given_split, objects) of each."
+    names, labels, makers, splits, objects = zip(*files)
     first = next((k for k, label in enumerate(labels) if label), 0)
-    tags = ["label_conflict"]*(len(set(labels) - {""}) > 1) + ["split_conflict"]*(len(set(splits) - {""}) > 1)
+    differ = {"label_conflict": labels, "object_conflict": objects, "split_conflict": splits}
+    tags = [tag for tag, values in differ.items() if len(set(values) - {""}) > 1]
     given = next((split for split in ("train", "val", "test") if split in splits), "")
-    return {"sources": sorted(set(names)), "label": labels[first], "labeled_by": makers[first], "given_split": given, "tags": tags}
+    return {"sources": sorted(set(names)), "label": labels[first], "labeled_by": makers[first], "given_split": given, "tags": tags, "objects": next(filter(None, objects), "")}
 
 # %% ../../nbs/api/data/02_store.ipynb #b6eddf4a
 def list_samples(settings: Settings | None = None) -> pd.DataFrame:
     "Every image that the store knows, as a sample table."
     store = Store(settings)
-    sources = store.read_all("select distinct sha256, name, label, labeled_by, given_split from arrivals")
+    sources = store.read_all("select distinct sha256, name, label, labeled_by, given_split, objects from arrivals")
     return tabulate(store.read_all("select * from samples"), sources.itertuples(index=False, name=None))
 
 def list_rejected(settings: Settings | None = None) -> pd.DataFrame:

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Grouped',
            'complete_stage', 'complete_parameter', 'interrupt', 'main', 'show', 'init', 'demo', 'ingest', 'curate',
            'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor', 'dashboard', 'run',
-           'lab', 'status', 'lineage', 'doctor', 'clean']
+           'lab', 'export', 'status', 'lineage', 'doctor', 'clean']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -147,8 +147,8 @@ def demo(
 # %% ../../nbs/api/loop/11_cli.ipynb #4ce8bae6
 @app.command(rich_help_panel=LOOP)
 def ingest(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder of images, or `synth` for the synthetic warehouse.")] = "",
-    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, synth.")] = None,
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a data set, an archive, s3://…, or `synth` for the synthetic warehouse.")] = "",
+    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, coco, yolo, voc, fiftyone, csv, archive, remote, synth.")] = None,
     label: Annotated[str | None, typer.Option(help="Which label column, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many files.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="SRC is a camera inbox (a sub-folder a camera), rtsp://…, a USB camera's number or a video; until Ctrl-C.")] = False,
@@ -163,6 +163,7 @@ def ingest(
     cvops ingest grocery --label coarse
     cvops ingest inbox/ --watch         photographs as they become whole, until Ctrl-C
     cvops ingest --rejected             what was set aside, and why
+    cvops ingest coco.zip               COCO, YOLO, VOC, FiftyOne, CSV, in a folder or packed
     """
     if rejected:
         from cvops_wb.data import report_rejected
@@ -343,6 +344,26 @@ def lab(json: Json = False, dry_run: Dry = False) -> Reply:
     if os.name == "posix" and os.geteuid() == 0: command.append("--allow-root")     # a container: the address is the loopback's, behind a token
     code = 0 if dry_run else subprocess.call(command)
     return Reply({"started": command}, " ".join(command) if dry_run else "", code)
+
+# %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
+@app.command(rich_help_panel=LOOK)
+def export(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
+    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, fiftyone, csv.")] = "folder",
+    snapshot: Annotated[str, typer.Option(help="A snapshot's id; else the newest.")] = "",
+    all: Annotated[bool, typer.Option("--all", help="With the samples that were set aside.")] = False,
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """A snapshot's images and labels in another tool's format.
+
+    \b
+    cvops export --format coco ~/for-training
+    """
+    from cvops_wb.data import export_samples, find_snapshot
+    found = find_snapshot(snapshot)
+    if dry_run: return Reply({"snapshot": found.id, "format": format, "path": os.path.abspath(out)}, f"would write {found.count:,} images of snapshot {found.id} as {format} into {out}")
+    done = export_samples(found, out, format, all)
+    return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #34e75b49
 @app.command(rich_help_panel=LOOK)

@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['formats', 'IMAGES', 'OTHER_IMAGES', 'SPLITS', 'Item', 'Listing', 'Format', 'is_image_name', 'clean_name',
-           'walk_images', 'find_format', 'explain_source']
+           'walk_images', 'place_item', 'find_format', 'explain_source', 'export_samples']
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #ccdf298b
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...core.errors import BadInput
+from ...core.files import join_within
+from ...core.records import Snapshot
 from ...core.registries import Registry
+
+if TYPE_CHECKING: from cvops_wb.data.formats.exporting import Exported
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #dc34342e
 @dataclass(frozen=True)
@@ -28,12 +32,13 @@ class Item:
     problem: str = ""               # why it must not be opened: a reason code
     detail: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)   # what else the source says of it
+    objects: str = ""               # the things in it, as `objects` writes them; empty: nobody looked
 
 @dataclass(frozen=True)
 class Listing:
     "The files of a source, by name."
     items: list[Item]
-    labeled_by: str                                         # `folder`, `lists`, `synth`
+    labeled_by: str                                         # `folder`, `lists`, `coco`, …
     skipped: dict[str, int] = field(default_factory=dict)   # kind of file that is no image → files
 
 class Format(Protocol):
@@ -44,6 +49,8 @@ class Format(Protocol):
 
     def read(self, source: str, label: str = "") -> Listing:
         "Its files, by name. `label` chooses one of several labels, where the source has them."
+
+    # A format that can be written, too, has `write(samples: list[Sample], root: Path) -> list[str]`: the images' names in their order.
 
 formats = Registry("format", package="cvops_wb.data.formats", group="cvops_wb.formats")
 
@@ -58,16 +65,18 @@ def is_image_name(name: str) -> bool:
 
 def clean_name(name: str) -> str:
     "A file's name as text that a table can hold: bytes that are no UTF-8 are written out."
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    try: return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError: return name.encode("utf-8", "backslashreplace").decode()
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #7e781878
 def walk_images(
     root: Path,                     # the source
     skipped: Counter | None = None, # counts the files that are no images, by suffix
+    below: str = "",                # a folder below the root to begin at; links may still lead anywhere below the root
 ) -> Iterator[Item]:
     "The image files below `root`, without labels."
     root, skipped = root.resolve(), Counter() if skipped is None else skipped
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(join_within(root, below) if below else root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         links = [name for name in folders if Path(folder, name).is_symlink()]
         for name in sorted(files + links):
@@ -78,12 +87,31 @@ def walk_images(
 
 def _make_item(root: Path, path: Path) -> Item:
     name = clean_name(path.relative_to(root).as_posix())
-    try: place = path.resolve()
-    except (OSError, RuntimeError) as e: return Item(name, None, problem="unreadable", detail=str(e))
-    if not place.is_relative_to(root): return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
-    if path.is_symlink() and path.is_dir(): return Item(name, None, problem="link_to_folder", detail="links to folders are not followed")
-    if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
+    try:
+        place = path.resolve()
+        if not place.is_relative_to(root): return Item(name, None, problem="outside_root", detail="a link that leaves the folder")
+        if path.is_symlink() and path.is_dir(): return Item(name, None, problem="link_to_folder", detail="links to folders are not followed")
+        if path.exists() and not path.is_file(): return Item(name, None, problem="not_a_file", detail="a pipe, a socket or a device")
+    except (OSError, RuntimeError) as e: return Item(name, None, problem="unreadable", detail=clean_name(str(e)))
     return Item(name, place)
+
+# %% ../../../nbs/api/data/formats/00_init.ipynb #0a485008
+def place_item(
+    root: Path,                         # of the source
+    name: str,                          # as the source writes it
+    folders: tuple[str, ...] = ("",),   # below the root, in which it may stand; the first that has it counts
+    **facts: Any,                       # label, given_split, attributes, objects
+) -> Item:
+    "The item of a name from outside."
+    shown = clean_name(str(name))
+    try:
+        join_within(root, name)
+        tries = list(dict.fromkeys(PurePosixPath(folder, way).as_posix() for way in (name, name.replace("\\", "/")) for folder in folders))
+        found = next((way for way in tries if os.path.lexists(os.path.join(root, way))), tries[0])
+        path = join_within(root, found)
+    except BadInput as e: return Item(shown, None, problem="outside_root", detail=e.what, **facts)
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)
+    return Item(clean_name(found), path, **facts)
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #a41fe072
 def find_format(
@@ -93,13 +121,14 @@ def find_format(
     "The format that reads `source`, and its name; `BadInput` says what is wrong with the source if none does."
     if name != "auto": return name, formats[name]
     scores = {key: formats[key].detect(source) for key in formats}
-    best = max(scores, key=scores.get)
-    if scores[best] > 0: return best, formats[best]
-    raise explain_source(source)
+    best = [key for key in formats if scores[key] == max(scores.values()) > 0]
+    if len(best) == 1: return best[0], formats[best[0]]
+    if not best: raise explain_source(source)
+    raise BadInput("the source can be read in more than one way", got=f"{source}: {' and '.join(best)}", fix=f"say which: {' or '.join(f'--format {key}' for key in best)}")
 
 def explain_source(source: str) -> BadInput:
     "Why nothing can be taken from a source, and what to give instead."
-    path, ways = Path(source).expanduser(), f"a folder with one sub-folder a class, or one of: {', '.join(formats)}"
+    path, ways = Path(source).expanduser(), f"a folder with one sub-folder a class, or one of: {', '.join(formats)} (`--format` says which)"
     if not source: return BadInput("no source was given", fix=f"give {ways}")
     if not path.exists(): return BadInput("the folder does not exist", got=source, fix=_near(path) or f"give {ways}")
     if path.is_file(): return BadInput("a file of this kind is not read", got=source, fix=f"give {ways}" + (f"; perhaps {path.parent}" if is_image_name(path.name) else ""))
@@ -116,3 +145,16 @@ def _near(path: Path) -> str:
 def _count(path: Path) -> str:
     kinds = Counter(file.suffix.lower() or "without a suffix" for file in path.rglob("*") if file.is_file())
     return ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common(4)) or "only folders in it"
+
+# %% ../../../nbs/api/data/formats/00_init.ipynb #fd25f101
+def export_samples(
+    snapshot: Snapshot,     # from `find_snapshot`
+    out: Path | str,        # a new folder
+    format: str,            # folder, coco, yolo, voc, fiftyone, csv
+    aside: bool = False,    # with the samples that were set aside
+) -> "Exported":
+    "Write a snapshot's images, labels, objects and splits; `BadInput` if there is something in the folder already."
+    from cvops_wb.data.formats.exporting import list_exported, write_export
+    from cvops_wb.data.snapshots import open_snapshot
+    reader = open_snapshot(snapshot)
+    return write_export(list_exported(reader.table, reader.read, aside), Path(out), format)

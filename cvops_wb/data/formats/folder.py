@@ -6,9 +6,11 @@
 __all__ = ['WAYS', 'assign_labels', 'Folder']
 
 # %% ../../../nbs/api/data/formats/01_folder.ipynb #45881506
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from ...core.errors import UnknownName
 from . import SPLITS, Item, Listing, formats, walk_images
@@ -52,3 +54,11 @@ class Folder:
         skipped: Counter = Counter()
         items = sorted(walk_images(Path(source).expanduser(), skipped), key=lambda item: item.name)
         return Listing(assign_labels(items, label), "folder", dict(skipped))
+
+    @staticmethod
+    def write(samples: list[Any], root: Path) -> list[str]:
+        "`train/tea/1.jpg`, or `tea/1.jpg` where there is no split."
+        return [sample.save(root, f"{sample.split}/{_name_folder(sample.label)}".strip("/")) for sample in samples]
+
+def _name_folder(label: str) -> str:
+    return re.sub(r"^[._]+|[/\\\x00-\x1f]+", "_", label)[:80]     # one level, not hidden, never above its root

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 
 from ...core.errors import BadInput, UnknownName
-from ...core.files import join_within
-from . import IMAGES, OTHER_IMAGES, SPLITS, Item, Listing, clean_name, formats
+from . import IMAGES, OTHER_IMAGES, SPLITS, Item, Listing, clean_name, formats, place_item
+from .documents import find_document, list_documents
 
 # %% ../../../nbs/api/data/formats/02_lists.ipynb #4f164050
 COLUMNS = {0: (), 1: ("label",), 2: ("fine", "coarse")}     # labels on a line → their names
@@ -48,7 +48,7 @@ def read_names(
 def find_lists(source: str) -> dict[str, Path]:
     "Split → its list, for a folder that has them, or for one list alone."
     path = Path(source).expanduser()
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.suffix == ".txt" and path.is_file() else []
+    files = list_documents(path, suffixes=(".txt",)) if path.is_dir() else [path] if path.suffix == ".txt" and path.is_file() else []
     return {SPLITS[file.stem.lower()]: file for file in files if file.stem.lower() in SPLITS}
 
 @formats.register("lists")
@@ -57,10 +57,10 @@ class Lists:
 
     @staticmethod
     def detect(source: str) -> float:
-        "Sure, if the first list begins with a line that can be read."
+        "Nearly sure, if the first list can be read: a format with a description of its own may have such lists, too."
         lists = find_lists(source) if source else {}
         if not lists: return 0.
-        try: return float(bool(read_list(next(iter(lists.values())))))
+        try: return .9*bool(read_list(next(iter(lists.values()))))
         except BadInput: return .4  # below a folder's score: perhaps the text is about something else
 
     @staticmethod
@@ -69,7 +69,7 @@ class Lists:
         lists = find_lists(source)
         if not lists: raise BadInput("there is no list here", got=source, fix="give a folder with train.txt, val.txt or test.txt, or use --format folder")
         root = next(iter(lists.values())).parent
-        names = read_names(root/"classes.csv")
+        names = read_names(find_document(root, "classes.csv") or root/"no classes.csv")
         items = [_make_item(root, name, labels, split, label, names) for split, path in lists.items() for name, labels in read_list(path)]
         return Listing(sorted(items, key=lambda item: item.name), "lists")
 
@@ -78,6 +78,4 @@ def _make_item(root: Path, name: str, labels: tuple[str, ...], split: str, label
     if label and columns and label not in columns: raise UnknownName("label column", label, columns)
     known = {column: names.get("fine" if column == "label" else column, {}).get(value, value) for column, value in zip(columns, labels)}
     chosen = known.get(label or (columns[-1] if columns else ""), "")
-    try: path, problem, detail = join_within(root, name), "", ""
-    except BadInput as e: path, problem, detail = None, "outside_root", e.what
-    return Item(clean_name(name), path, chosen, split, problem, detail, attributes=known)
+    return place_item(root, name, label=clean_name(chosen), given_split=split, attributes={column: clean_name(value) for column, value in known.items()})
