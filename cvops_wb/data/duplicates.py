@@ -234,13 +234,19 @@ def verify_pairs(
     "The likeness of each pair, -1…1: float32 (K,). Of a pair that others join already it may be too low."
     half = thumbs.reshape(-1, COARSE, 2, COARSE, 2, 3).mean((2, 4), dtype=np.float32)
     likeness = np.concatenate([np.empty(0, dtype=np.float32), *(_correlate(half, pairs[at:at + 512]) for at in range(0, len(pairs), 512))])
-    first = join_groups(len(thumbs), pairs[likeness >= enough][:, [0, 3]].tolist())
-    open_ = np.flatnonzero((likeness > .5) & (likeness < enough) & (first[pairs[:, 0]] != first[pairs[:, 3]]))
-    for at in range(0, len(open_), 256):
-        rows = open_[at:at + 256]
-        one, other = lay_over(thumbs, pairs[rows])
-        likeness[rows] = np.maximum(likeness[rows], np.maximum(explain(one, other), explain(other, one)))
+    doubtful = np.flatnonzero((likeness > .6) & (likeness < enough))
+    doubtful = doubtful[np.argsort(-likeness[doubtful], kind="stable")]
+    for at in range(0, len(doubtful), 256):
+        rows = doubtful[at:at + 256]
+        first = join_groups(len(thumbs), pairs[likeness >= enough][:, [0, 3]].tolist()) if at % 1024 == 0 else first
+        rows = rows[first[pairs[rows, 0]] != first[pairs[rows, 3]]]
+        if len(rows): likeness[rows] = np.maximum(likeness[rows], _look_closer(thumbs, pairs[rows]))
     return likeness
+
+def _look_closer(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    # The hash may have taken a crop for what is only trimmed: the whole is tried as well.
+    whole = pairs*np.array([1, 0, 1, 1, 1, 1])
+    return np.max([explain(*lay) for rows in (pairs, whole) for one, other in [lay_over(thumbs, rows)] for lay in ((one, other), (other, one))], axis=0)
 
 def _correlate(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.einsum("kijc,kijc->k", *lay_over(thumbs, pairs))
