@@ -240,6 +240,7 @@ def verify_pairs(
         rows = doubtful[at:at + 256]
         first = join_groups(len(thumbs), pairs[likeness >= enough][:, [0, 3]].tolist()) if at % 1024 == 0 else first
         rows = rows[first[pairs[rows, 0]] != first[pairs[rows, 3]]]
+        if len(rows): rows = rows[_look_closer(half, pairs[rows]) > SCENE - .05] if len(rows) else rows     # cheap at half the size
         if len(rows): likeness[rows] = np.maximum(likeness[rows], _look_closer(thumbs, pairs[rows]))
     return likeness
 
