@@ -9,7 +9,7 @@ BIN    := .venv/bin
 DEBIAN := chromium fonts-dejavu-core git strace
 say     = @printf '\033[1m── %s\033[0m\n' "$(1)"
 
-.PHONY: help system setup demo test test-full lab notebooks lock docs wheel clean
+.PHONY: help system setup demo test test-full lab notebooks lock docs wheel bench-peers clean
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -57,6 +57,11 @@ lock: | $(filter .cvops/%,$(UV))        ## renew requirements.lock: exact versio
 	@$(UV) pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra mongod --constraint .ci/constraints.txt \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --upgrade -o requirements.lock
 	@grep -cE '^[a-zA-Z0-9._-]+==' requirements.lock | sed 's/$$/ packages locked/'
+
+bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each in an environment of its own under .cvops/peers
+	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)
+	@test -x .cvops/peers/dedup/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/dedup
+	@$(UV) pip install --quiet --python .cvops/peers/dedup/bin/python imagededup==0.3.3.post2 imagehash==4.3.2
 
 wheel: setup    ## dist/cvops_wb-*.whl
 	@$(BIN)/python -m hatchling build -t wheel -d dist

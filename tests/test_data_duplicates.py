@@ -1,0 +1,85 @@
+"Near duplicates through crops, turns and flips: each piece on planted truth, and a check that the truth can be missed."
+import numpy as np
+import pytest
+from PIL import Image
+
+from cvops_wb.data import duplicates
+from cvops_wb.data.duplicates import NEAR, draw_thumbs, find_candidates, hash_views, join_groups, match_hashes, match_thumbs
+
+TRANSPOSES = [None, *Image.Transpose]
+STRONG = {
+    "mirrored": lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "upside down": lambda image: image.transpose(Image.Transpose.ROTATE_180),
+    "lying": lambda image: image.transpose(Image.Transpose.ROTATE_90),
+    "turned by 5 degrees": lambda image: image.rotate(5, Image.Resampling.BICUBIC),
+    "corner cut": lambda image: image.crop((0, 0, round(.9*image.width), round(.9*image.height))),
+    "stamped": lambda image: _stamp(image),
+}
+
+
+def _stamp(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.paste((200, 30, 60), (10, 10, 10 + image.width//8, 10 + image.height//8))
+    return image
+
+
+def save(image: Image.Image) -> bytes:
+    import io
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=85)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photographs(grocery) -> list[Image.Image]:
+    return [Image.open(path).convert("RGB") for path in sorted((grocery/"train").rglob("*.jpg"))[::50][:48]]
+
+
+@pytest.mark.parametrize("transpose", TRANSPOSES)
+def test_all_eight_orientations_have_one_hash(transpose, photographs):
+    thumbs = [np.asarray(image.resize((32, 32))) for image in photographs]
+    turned = [np.asarray(Image.fromarray(t) if transpose is None else Image.fromarray(t).transpose(transpose)) for t in thumbs]
+    one, other = (np.unpackbits(hash_views(np.stack(pictures), 1)[0][:, 0], axis=1) for pictures in (thumbs, turned))
+    assert (one != other).sum(1).max() <= 2     # a wave of nothing has no sign
+
+
+@pytest.mark.parametrize("change, least", [*zip(STRONG, (1, 1, 1, .85, .7, .75), strict=True)])
+def test_strong_changes_are_found(change, least, photographs):
+    files = [save(image) for image in photographs] + [save(STRONG[change](image)) for image in photographs]
+    pairs, half = match_thumbs(draw_thumbs(len(files), files.__getitem__), likeness=NEAR), len(photographs)
+    right = (pairs.b - pairs.a) == half
+    assert right.sum() >= least*half and (~right).sum() == 0
+
+
+def test_one_hash_of_the_whole_would_miss_crops(photographs, monkeypatch):
+    "Without the views most corners are lost: the test above does not pass by chance."
+    monkeypatch.setattr(duplicates, "list_views", lambda: np.array([(0, 0, 1, 0)], dtype=np.float32))
+    files = [save(image) for image in photographs] + [save(image.crop((0, 0, image.width*3//4, image.height*3//4))) for image in photographs]
+    duplicates._waves.cache_clear()
+    alone = len(match_thumbs(draw_thumbs(len(files), files.__getitem__), likeness=.8))
+    monkeypatch.undo()
+    duplicates._waves.cache_clear()
+    assert alone < len(match_thumbs(draw_thumbs(len(files), files.__getitem__), likeness=.8))
+
+
+@pytest.mark.parametrize("bits, least", [(0, 1), (2, .99), (4, .9)])
+def test_buckets_find_what_is_planted(bits, least):
+    rng = np.random.default_rng(bits)
+    hashes = rng.integers(0, 2**64, 30_000, dtype=np.uint64)
+    for k in range(300): hashes[-1 - k] = hashes[k] ^ np.uint64(sum(1 << int(b) for b in rng.choice(64, bits, replace=False)))
+    found = find_candidates([f"{h:016x}" for h in hashes], 8)
+    got = {(a, b) for a, b, _ in found.tolist()}
+    assert sum((k, len(hashes) - 1 - k) in got for k in range(300)) >= least*300
+    exact = np.bitwise_count(hashes[found[:, 0]] ^ hashes[found[:, 1]])
+    assert (exact == found[:, 2]).all() and (found[:, 2] <= 8).all() and (found[:, 0] < found[:, 1]).all()
+
+
+def test_many_equal_pictures_make_one_group_and_few_pairs():
+    hashes = np.zeros((5000, 8), dtype=np.uint8)
+    matches = match_hashes(hashes, hashes, 4)
+    assert len(matches) <= 5000*32*12 and (join_groups(5000, matches[:, :2].tolist()) == 0).all()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_to_compare(count):
+    assert match_thumbs(draw_thumbs(count, lambda place: b"no image")).empty
