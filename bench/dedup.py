@@ -107,7 +107,7 @@ def run_ours(paths: list[Path]) -> tuple[float, list[tuple[str, str]]]:
     start = time.perf_counter()
     found = match_thumbs(draw_thumbs(len(paths), lambda place: paths[place].read_bytes()), likeness=NEAR)
     seconds = time.perf_counter() - start
-    return seconds, [(paths[a].name, paths[b].name) for a, b in zip(found.a, found.b)]
+    return seconds, [(paths[a].name, paths[b].name) for a, b in zip(found.a, found.b, strict=False)]
 
 
 def run_peer(python: Path, method: str, folder: Path) -> tuple[float, list[tuple[str, str]]]:

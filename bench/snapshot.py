@@ -73,7 +73,7 @@ def add_blobs(root: Path, images: Path) -> None:
         rows.append((name[:16], name, len(data), f"class {number % 40}", ("train", "train", "train", "val", "test")[number % 5], path.name))
     blank = {"str": "", "int": 0, "float": 0.}
     table = pd.DataFrame({name: [blank.get(kind, "")]*len(rows) for name, kind in SAMPLE_COLUMNS.items() if kind != "list"})
-    ids, hashes, sizes, labels, splits, names = zip(*rows)
+    ids, hashes, sizes, labels, splits, names = zip(*rows, strict=False)
     table = table.assign(id=ids, sha256=hashes, ext=".jpg", bytes=sizes, label=labels, split=splits, sources=[[n] for n in names], tags=[[] for _ in names])
     write_samples(table[list(SAMPLE_COLUMNS)], root/"reports"/"curate-by-hand"/"samples.parquet")
 
@@ -135,7 +135,7 @@ def measure(root: Path, count: int, links: bool) -> list[dict]:
     run_ours(ours, "from cvops_wb.core.settings import load_settings; from cvops_wb.data.versions import free_blobs; free_blobs(load_settings())")
     disk_ours, disk_plain = measure_disk(ours), measure_disk(plain)
     note = f"{count:,} files, {size/1e9:.2f} GB{', hard links' if links else ''}; an empty DVC call {empty:.2f} s"
-    state_ours, state_plain = (statistics.median(side) for side in zip(*status))
+    state_ours, state_plain = (statistics.median(side) for side in zip(*status, strict=False))
     budget = .05*first_plain + empty
     return [
         row("first snapshot, s", first_ours, first_plain, first_plain/first_ours, ">= 10 x faster", first_plain >= 10*first_ours, 1, note),

@@ -28,7 +28,7 @@ from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representativ
 from .formats.objects import count_classes
 from .images import decode_image
 from .quality import QUALITY, flag_quality, measure_oddness
-from .splits import SPLITS, check_labels, find_leaks, has_split, link_bursts, split_given, split_grouped
+from .splits import SPLITS, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
 
 # %% ../../nbs/api/data/13_curation.ipynb #7674213e
@@ -127,7 +127,7 @@ def curate(
     check_labels(table)
     pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene)
     table = add_tags(table, **flag_quality(table))
-    before = read_sides(spec.before, settings)
+    before = read_sides(find_before(batch, spec.before, settings), settings)
     table = group_samples(table, pairs, spec, before)
     check_classes(table, spec.min_images)
     table, strategy = split_samples(table, spec, before)
