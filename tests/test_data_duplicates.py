@@ -4,7 +4,15 @@ import pytest
 from PIL import Image
 
 from cvops_wb.data import duplicates
-from cvops_wb.data.duplicates import NEAR, draw_thumbs, find_candidates, hash_views, join_groups, match_hashes, match_thumbs
+from cvops_wb.data.duplicates import (
+    NEAR,
+    draw_thumbs,
+    find_candidates,
+    hash_views,
+    join_groups,
+    match_hashes,
+    match_thumbs,
+)
 
 TRANSPOSES = [None, *Image.Transpose]
 STRONG = {
