@@ -210,7 +210,7 @@ def main() -> None:
     count = options.files or (600 if options.quick else 10_000)
     with TemporaryDirectory() as small, TemporaryDirectory() as large:
         make_files(options.photos, Path(small), count)
-        make_files(options.photos, Path(large), 90 if options.quick else 450, 2_000_000)
+        make_files(options.photos, Path(large), 90 if options.quick else 270, 2_000_000)
         rows = compare(Path(small), 1 if options.quick else options.runs, options.peer)
         rows.append(rate_large(Path(large), 3))
     rows += measure_growth([10_000, 100_000] if options.quick else [10_000, 100_000, 1_000_000])

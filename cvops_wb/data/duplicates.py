@@ -113,16 +113,16 @@ def match_hashes(
 ) -> np.ndarray:
     "Places in `queries` and in `hashes`, each pair once, and the bits that differ: int (K, 3)."
     width = int(np.clip(np.ceil(np.log2(max(len(hashes), 2))) + 3, 12, 26))
-    rng, found = np.random.default_rng(0), [np.empty((0, 3), dtype=np.int64)]
+    rng = np.random.default_rng(0)
     words, asked = hashes.view(np.uint64).ravel(), queries.view(np.uint64).ravel()
-    for _ in range(tables):
-        mask = rng.permutation(np.arange(64))[:width]
+    masks = [rng.permutation(np.arange(64))[:width] for _ in range(tables)]
+
+    def look_up(mask: np.ndarray) -> np.ndarray:
         keys, wanted = _choose_bits(words, mask), _choose_bits(asked, mask)
-        order = np.argsort(keys, kind="stable")
-        starts = np.searchsorted(keys[order], np.arange(2**width + 1, dtype=np.uint32))
-        for at in range(0, len(asked), BLOCK):
-            found.append(_open_buckets(starts, order, words, asked, wanted[at:at + BLOCK], at, distance))
-    matches = np.concatenate(found)
+        order, starts = np.argsort(keys, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=2**width))])
+        return np.concatenate([_open_buckets(starts, order, words, asked, wanted[at:at + BLOCK], at, distance) for at in range(0, len(asked), BLOCK)])
+
+    with ThreadPoolExecutor(2) as pool: matches = np.concatenate([np.empty((0, 3), dtype=np.int64), *pool.map(look_up, masks if len(asked) else [])])
     return matches[np.unique(matches[:, 0] << 32 | matches[:, 1], return_index=True)[1]]
 
 BLOCK, BUCKET = 1 << 18, 32     # queries at once; members of a bucket that are looked at
@@ -233,21 +233,29 @@ def verify_pairs(
 ) -> np.ndarray:
     "The likeness of each pair, -1…1: float32 (K,). Of a pair that others join already it may be too low."
     half = thumbs.reshape(-1, COARSE, 2, COARSE, 2, 3).mean((2, 4), dtype=np.float32)
-    likeness = np.concatenate([np.empty(0, dtype=np.float32), *(_correlate(half, pairs[at:at + 512]) for at in range(0, len(pairs), 512))])
+    likeness = _in_parts(_correlate, half, pairs)
     doubtful = np.flatnonzero((likeness > .6) & (likeness < enough))
     doubtful = doubtful[np.argsort(-likeness[doubtful], kind="stable")]
-    for at in range(0, len(doubtful), 256):
-        rows = doubtful[at:at + 256]
-        first = join_groups(len(thumbs), pairs[likeness >= enough][:, [0, 3]].tolist()) if at % 1024 == 0 else first
+    for at in range(0, len(doubtful), 1024):
+        first, rows = join_groups(len(thumbs), pairs[likeness >= enough][:, [0, 3]].tolist()), doubtful[at:at + 1024]
         rows = rows[first[pairs[rows, 0]] != first[pairs[rows, 3]]]
-        if len(rows): rows = rows[_look_closer(half, pairs[rows]) > SCENE - .05] if len(rows) else rows     # cheap at half the size
-        if len(rows): likeness[rows] = np.maximum(likeness[rows], _look_closer(thumbs, pairs[rows]))
+        rows = rows[_in_parts(_look_closer, half, pairs[rows]) > SCENE - .05]   # at half the size: cheap
+        likeness[rows] = np.maximum(likeness[rows], _in_parts(_look_closer, thumbs, pairs[rows]))
     return likeness
+
+def _in_parts(measure: Callable, thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    parts = [pairs[at:at + 128] for at in range(0, len(pairs), 128)]
+    with ThreadPoolExecutor(2) as pool: return np.concatenate([np.empty(0, dtype=np.float32), *pool.map(lambda part: measure(thumbs, part), parts)])
 
 def _look_closer(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     # The hash may have taken a crop for what is only trimmed: the whole is tried as well.
-    whole = pairs*np.array([1, 0, 1, 1, 1, 1])
-    return np.max([explain(*lay) for rows in (pairs, whole) for one, other in [lay_over(thumbs, rows)] for lay in ((one, other), (other, one))], axis=0)
+    likeness, cut = _explain_both(thumbs, pairs), np.flatnonzero(pairs[:, 1])
+    if len(cut): likeness[cut] = np.maximum(likeness[cut], _explain_both(thumbs, pairs[cut]*np.array([1, 0, 1, 1, 1, 1])))
+    return likeness
+
+def _explain_both(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    one, other = lay_over(thumbs, pairs)
+    return np.maximum(explain(one, other), explain(other, one))
 
 def _correlate(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.einsum("kijc,kijc->k", *lay_over(thumbs, pairs))
