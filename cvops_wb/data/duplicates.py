@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'COARSE', 'BLOCK', 'BUCKET', 'ALL_PAIRS', 'NEAR', 'SCENE', 'draw_thumb', 'draw_thumbs', 'list_views',
-           'place_view', 'hash_views', 'match_hashes', 'find_candidates', 'find_views', 'lay_over', 'explain',
-           'verify_pairs', 'find_pairs', 'match_thumbs', 'join_groups', 'pick_representatives']
+           'place_view', 'hash_views', 'match_hashes', 'find_candidates', 'find_views', 'join_groups', 'lay_over',
+           'explain', 'verify_pairs', 'find_pairs', 'match_thumbs', 'pick_representatives']
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #d0b1e000
 from collections.abc import Callable, Iterable, Sequence
@@ -180,6 +180,23 @@ def find_views(
     rows = rows[np.lexsort((rows[:, 1], rows[:, 5], high, low))]
     return rows[np.unique(rows[:, [0, 3]].min(1) << 32 | rows[:, [0, 3]].max(1), return_index=True)[1]]
 
+# %% ../../nbs/api/data/10_duplicates.ipynb #73677aa6
+def join_groups(
+    count: int,                             # of samples
+    links: Iterable[tuple[int, int]],       # pairs of places
+) -> np.ndarray:
+    "The first place of each sample's group: int (count,)."
+    first = np.arange(count)
+
+    def find(place: int) -> int:
+        while first[place] != place: first[place] = place = first[first[place]]
+        return place
+
+    for a, b in links:
+        low, high = sorted((find(a), find(b)))
+        first[high] = low
+    return np.array([find(place) for place in range(count)], dtype=np.int64)
+
 # %% ../../nbs/api/data/10_duplicates.ipynb #d0b1e016
 def lay_over(
     thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
@@ -283,23 +300,6 @@ def match_thumbs(
     low, high = pairs[:, [0, 3]].min(1), pairs[:, [0, 3]].max(1)
     found = pd.DataFrame({"a": low, "b": high, "distance": pairs[:, 5], "likeness": verify_pairs(thumbs, pairs, max(likeness, NEAR)).astype(float)})
     return found[found.likeness >= likeness].sort_values(["likeness", "a", "b"], ascending=[False, True, True], ignore_index=True)
-
-# %% ../../nbs/api/data/10_duplicates.ipynb #73677aa6
-def join_groups(
-    count: int,                             # of samples
-    links: Iterable[tuple[int, int]],       # pairs of places
-) -> np.ndarray:
-    "The first place of each sample's group: int (count,)."
-    first = np.arange(count)
-
-    def find(place: int) -> int:
-        while first[place] != place: first[place] = place = first[first[place]]
-        return place
-
-    for a, b in links:
-        low, high = sorted((find(a), find(b)))
-        first[high] = low
-    return np.array([find(place) for place in range(count)], dtype=np.int64)
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #22a624b1
 def pick_representatives(
