@@ -156,7 +156,8 @@ def app(shelf):
     "`open_app` in a process of its own, as `cvops curate --app` runs it: the process and the address that it printed."
     settings, _, view = shelf
     port = free_port()
-    program = ("from cvops_wb.core.records import View; from cvops_wb.data.views import open_app; "
+    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "     # a shell's `&` takes Ctrl-C away from what it starts
+               "from cvops_wb.core.records import View; from cvops_wb.data.views import open_app; "
                f"open_app(View('curate-1', {view.dataset!r}, 1), {port})")
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
     lines = [process.stderr.readline(), process.stderr.readline()]

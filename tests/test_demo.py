@@ -21,11 +21,15 @@ SMALL = ["ingest.source=synth:count=260", "train.network=small_resnet:16", "trai
 EASY = {"CVOPS_GATE_MIN_ACCURACY": "0.02", "CVOPS_GATE_MAX_CALIBRATION_ERROR": "1"}     # six epochs are no model: the way is what is tested
 
 
+def alone(**more):
+    "The environment without what points to another workbench."
+    return {k: v for k, v in os.environ.items() if not k.startswith("CVOPS_")} | more
+
+
 def call(root, *arguments, status=0, **environment):
     "Run `cvops` in a workbench: the document that it prints, and what it tells a person."
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("CVOPS_")}
     done = subprocess.run([*MAIN, *arguments, "--json"], cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                          env={**kept, "NO_COLOR": "1", **environment}, timeout=600)
+                          env=alone(NO_COLOR="1", **environment), timeout=600)
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr[-4000:]
     return json.loads(done.stdout), done.stderr
 
@@ -146,7 +150,7 @@ def test_a_taken_port(made):
 
 def test_ctrl_c_in_the_middle_of_training(made):
     root, runs = made[0], {p.name for p in (made[0]/"reports").iterdir()}
-    process = subprocess.Popen([*MAIN, "train", "-p", "epochs=500", "-p", "size=48"], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen([*MAIN, "train", "-p", "epochs=500", "-p", "size=48"], cwd=root, env=alone(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not [p for p in (root/"reports").glob("train-*.part/history.csv") if p.read_text().count("\n") > 2]:
         assert process.poll() is None and time.monotonic() < deadline
@@ -176,7 +180,7 @@ def test_a_notebook_that_fails_half_way(made):
 def test_a_free_port_serves(made):
     port = free_port()
     process = subprocess.Popen([*MAIN, "serve"], cwd=made[0], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "CVOPS_ROOT": str(made[0]), "CVOPS_SERVE_PORT": str(port)})
+                               env=alone(CVOPS_SERVE_PORT=str(port)))
     from cvops_wb.core.processes import answers, wait_until
     try: wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), process, "cvops serve")
     finally:
