@@ -5,12 +5,15 @@ own outside the store, after the journal has it: the parent's log. `plant` takes
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import Future
 from pathlib import Path
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
+from tqdm import tqdm  # noqa: E402
 
 from cvops_wb.core.errors import CvopsError  # noqa: E402
 from cvops_wb.core.progress import show_progress  # noqa: E402, F401
@@ -112,6 +115,7 @@ def watch(folder: Path, settings: Settings, spec: dict) -> int:
 
 def main() -> None:
     "Fork a child a line, until the input ends."
+    tqdm.set_lock(threading.RLock())    # its own is a semaphore in /dev/shm, which a killed child leaves there
     sys.stderr = open(os.devnull, "w") if not os.environ.get("CVOPS_DEBUG") else sys.stderr
     for line in sys.stdin:
         pid = os.fork()
