@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
 REPO = Path(__file__).parents[1]
-PHOTOS = Path("/work/shared/data/grocery")
+PHOTOS = REPO.parent/"shared"/"data"/"grocery"     # beside the project, as for the tests
 WEAK, STRONG = ("resize", "recompress", "light"), ("crop", "flip", "quarter", "angle", "overlay")
 PEER = '''
 import json, sys, time

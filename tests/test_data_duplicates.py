@@ -1,4 +1,6 @@
 "Near duplicates through crops, turns and flips: each piece on planted truth, and a check that the truth can be missed."
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,10 +33,9 @@ def _stamp(image: Image.Image) -> Image.Image:
     return image
 
 
-def save(image: Image.Image) -> bytes:
-    import io
+def save(image: Image.Image, quality: int = 85) -> bytes:
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=85)
+    image.save(out, "JPEG", quality=quality)
     return out.getvalue()
 
 
@@ -91,3 +92,29 @@ def test_many_equal_pictures_make_one_group_and_few_pairs():
 @pytest.mark.parametrize("count", [0, 1])
 def test_nothing_to_compare(count):
     assert match_thumbs(draw_thumbs(count, lambda place: b"no image")).empty
+
+
+@pytest.fixture(scope="module")
+def digits():
+    "Handwriting on plain paper, and each of the first sixty saved again, smaller: files and labels."
+    from sklearn.datasets import load_digits
+    known = load_digits()
+    pictures = [Image.fromarray((d*15.9).astype(np.uint8)).resize((96, 96), Image.Resampling.BICUBIC).convert("RGB") for d in known.images[:300]]
+    again = [picture.resize((72, 72), Image.Resampling.BICUBIC) for picture in pictures[:60]]
+    files = [save(picture, 90) for picture in pictures] + [save(picture, 60) for picture in again]
+    return draw_thumbs(len(files), files.__getitem__), np.concatenate([known.target[:300], known.target[:60]])
+
+
+def test_what_is_alike_by_nature_is_no_duplicate(digits):
+    "Two sevens are two sevens; a seven that was saved again is found."
+    thumbs, labels = digits
+    pairs = match_thumbs(thumbs)
+    found = {(a, b) for a, b in zip(pairs.a, pairs.b, strict=True)}
+    assert len({(k, 300 + k) for k in range(60)} & found) >= 57
+    assert len(found) <= 66 and (labels[pairs.a] == labels[pairs.b]).all()
+
+
+def test_without_a_look_at_chance_it_would_be(digits, monkeypatch):
+    monkeypatch.setattr(duplicates, "find_chance", lambda thumbs: -1.)
+    pairs = match_thumbs(digits[0])
+    assert (digits[1][pairs.a] != digits[1][pairs.b]).sum() > 20

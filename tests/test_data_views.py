@@ -208,6 +208,6 @@ def test_ctrl_c_ends_the_app_and_all_that_it_started(shelf, app):
     process, address = app
     port = int(address.partition("127.0.0.1:")[2].partition("/")[0])
     process.send_signal(signal.SIGINT)
-    assert process.wait(120) == 0 and "closed" in process.stderr.read()
+    assert process.wait(30) == 0 and "closed" in process.stderr.read()
     time.sleep(.2)
     assert not listens(port) and not list_processes(str(settings.cache)) and not list_processes(f"run_server(int(sys.argv[1]), sys.argv[2]) {port}")

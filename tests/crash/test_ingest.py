@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -88,14 +89,15 @@ def list_points(bench: Bench, out: Path, calls: str, **more) -> list[tuple[str, 
     return points
 
 
-def sweep(bench: Bench, points, fault: str, prepare=lambda: None, until: str = "nothing", **more) -> tuple[int, list[str]]:
-    "Inject a fault at each point; how many took effect, and what was wrong. Ends early where `until` is found."
-    took, wrong = 0, []
+def sweep(bench: Bench, points, fault: str, prepare=lambda: None, until: str = "nothing", **more) -> tuple[list, list[str]]:
+    "Inject a fault at each point; the points where the ingest gave up, and what was wrong. Ends early where `until` is found."
+    took, wrong, trace = [], [], bench.root.with_name("sweep.trace")
     for call, k in points:
         bench.reset()
         prepare()
-        code = bench.children.trace(bench.job(**more), "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={k}")
-        took += code != 0
+        code = bench.children.trace(bench.job(**more), "-e", f"trace={call}", "-e", f"inject={call}:{fault}:when={k}", out=trace)
+        if not re.search("INJECTED|killed by", trace.read_text(errors="replace")): wrong.append(f"{call} {k} {fault}: it did not strike")
+        took += [(call, k)]*(code != 0)
         if code == 70: wrong.append(f"{call} {k}: " + Path(str(bench.acks) + ".error").read_text()[-600:])
         wrong += [f"{call} {k} {fault}: {what}" for what in bench.check()]
         if any(until in line for line in wrong): break
@@ -112,16 +114,18 @@ def test_killed_at_every_call(bench, tmp_path, fresh):
     chosen = points if FULL else random.Random(0).sample(points, 20)
     took, wrong = sweep(bench, chosen, "signal=KILL", prepare)
     assert wrong == []
-    assert took == len(chosen)
+    assert took == chosen
 
 
 @pytest.mark.parametrize("fault", ["error=ENOSPC", "error=EIO"])
 def test_a_full_and_a_failing_disk(bench, tmp_path, fault):
     points = list_points(bench, tmp_path/"trace", "write,pwrite64,fsync,fdatasync,mkdir,rename,ftruncate")
-    chosen = points if FULL else random.Random(1).sample(points, 14)
+    chosen = points if FULL else points[::4]      # of every call alike
     took, wrong = sweep(bench, chosen, fault)
     assert wrong == []
-    assert took >= .6*len(chosen), "most faults strike: with threads the count of calls differs from run to run"
+    assert len(took) >= .8*len(chosen)
+    # What an ingest may live through is SQLite's moving of its log into the journal: the log still has everything.
+    assert {call for call, _ in set(chosen) - set(took)} <= {"pwrite64", "fdatasync", "ftruncate"}
 
 
 def lose_power(bench: Bench, tmp_path: Path, states: int, first: str = "", late: bool = False, **more) -> Iterator[str]:
