@@ -319,7 +319,7 @@ def test_forget(copy, everywhere):
     assert code == 0 and row.id not in set(now.table["id"]) and len(now.table) == len(table) - 1
     assert {id: now.read(id) for id in others} == others
     assert not holds(settings.store, data) and row.id not in (log_folder/"1-1.jsonl").read_text() and receipt["predictions"]["rows"] == 1
-    assert read_events(settings, "forgotten")[0]["images"] == [row.sha256]
+    assert read_events(settings, "forgotten")[0]["images"] == [row.sha256] and "_gone" not in read_events(settings, "forgotten")[0]
     if everywhere:
         assert holds(settings.root, data) == [] and receipt["still_in"] == [] and set(receipt["renamed"]) == {first.id, second.id}
         assert all(row.id not in set(open_snapshot(v.snapshot).table["id"]) for v in list_versions()) and len(list_versions()) == 2

@@ -53,9 +53,10 @@ def forget(
     with locked(settings):
         if history: receipt |= _rewrite_versions(settings, versions, set(images))
         elif inside: receipt |= _leave_current(settings, set(images), inside)
+        gone = receipt.pop("_gone", [])
         append_event(settings, "forgotten", event="forgotten", **receipt)
         make_current(settings, find_snapshot().id, f"{len(images)} images forgotten") if versions else None
-    return {**receipt, **(_purge(settings, receipt.pop("_gone", [])) if history else {})}
+    return {**receipt, **(_purge(settings, gone) if history else {})}
 
 def _look(settings: Settings, ids: list[str]) -> dict[str, Any]:
     "Runs whose tables name the samples: their pictures may show them."
