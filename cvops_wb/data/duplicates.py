@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE', 'COARSE', 'BLOCK', 'BUCKET', 'ALL_PAIRS', 'NEAR', 'SCENE', 'DETAIL', 'SPREADS', 'draw_thumb', 'draw_thumbs',
            'list_views', 'place_view', 'hash_views', 'match_hashes', 'find_candidates', 'find_views', 'join_groups',
-           'lay_over', 'explain', 'verify_pairs', 'find_chance', 'compare_details', 'find_pairs', 'match_thumbs',
+           'lay_over', 'explain', 'verify_pairs', 'find_chance', 'sharpen', 'find_pairs', 'match_thumbs',
            'pick_representatives']
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #d0b1e000
@@ -281,30 +281,36 @@ def _correlate(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.einsum("kijc,kijc->k", *lay_over(thumbs, pairs))
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #y1432
-DETAIL, SPREADS = .95, 7
+DETAIL, SPREADS = .75, 7
 
 def find_chance(
-    thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
-    count: int = 4000,      # random pairs
+    thumbs: np.ndarray,             # uint8 (N, 32, 32, 3)
+    spreads: float = SPREADS,
+    measure: Callable | None = None,    # of pairs; if not given, correlation at half the size, where noise says nothing
+    count: int = 4000,              # random pairs
 ) -> float:
     "The likeness that two unrelated pictures of a batch do not exceed, -1…1."
     if len(thumbs) < 2: return -1.
     a, b = np.random.default_rng(0).integers(0, len(thumbs), (2, count))
     rows = np.zeros((count, 6), dtype=np.int64)
     rows[:, 0], rows[:, 3] = a, b
-    half = thumbs.reshape(-1, COARSE, 2, COARSE, 2, 3).mean((2, 4), dtype=np.float32)
-    z = np.arctanh(np.clip(_in_parts(_correlate, half, rows[a != b]), -.999, .999))
+    if measure is None: thumbs = thumbs.reshape(-1, COARSE, 2, COARSE, 2, 3).mean((2, 4), dtype=np.float32)
+    z = np.arctanh(np.clip(_in_parts(measure or _correlate, thumbs, rows[a != b]), -.999, .999))
     middle = np.median(z)       # the lower side alone gives the spread: duplicates stand on the upper
-    return float(np.tanh(middle + SPREADS*(middle - np.quantile(z, .16))))
+    return float(np.tanh(middle + spreads*(middle - np.quantile(z, .16))))
 
-def compare_details(
+def _in_detail(measure: Callable) -> Callable:
+    "The same measure, of sharpened pictures; only those of the pairs at hand are."
+    def of_details(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        rows, places = pairs.copy(), np.arange(len(pairs))
+        rows[:, 0], rows[:, 3] = places, places + len(pairs)
+        return measure(sharpen(thumbs[np.concatenate([pairs[:, 0], pairs[:, 3]])]), rows)
+    return of_details
+
+def sharpen(
     thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
-    pairs: np.ndarray,      # (K, 6) from `find_views`
 ) -> np.ndarray:
-    "The likeness of each pair without what is smooth in it, -1…1: float32 (K,)."
-    return _in_parts(_explain_both, _sharpen(thumbs), pairs)
-
-def _sharpen(thumbs: np.ndarray) -> np.ndarray:
+    "The pictures without what is smooth in them: float32 (N, 32, 32, 3)."
     wide, kernel = np.pad(thumbs.astype(np.float32), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="edge"), np.array([1, 4, 6, 4, 1], dtype=np.float32)/16
     smooth = sum(weight*wide[:, k:k + SIDE] for k, weight in enumerate(kernel))
     return thumbs - sum(weight*smooth[:, :, k:k + SIDE] for k, weight in enumerate(kernel))
@@ -331,7 +337,9 @@ def match_thumbs(
     pairs = find_views(thumbs, distance)
     low, high = pairs[:, [0, 3]].min(1), pairs[:, [0, 3]].max(1)
     found = pd.DataFrame({"a": low, "b": high, "distance": pairs[:, 5], "likeness": verify_pairs(thumbs, pairs, max(likeness, NEAR)).astype(float)})
-    if find_chance(thumbs) > NEAR: found = found[compare_details(thumbs, pairs) >= DETAIL]
+    if find_chance(thumbs) > NEAR:
+        agree = _in_parts(_in_detail(_explain_both), thumbs, pairs)
+        found = found[agree >= max(DETAIL, find_chance(thumbs, SPREADS + 1, _in_detail(_correlate)))]
     return found[found.likeness >= likeness].sort_values(["likeness", "a", "b"], ascending=[False, True, True], ignore_index=True)
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #22a624b1
