@@ -1,6 +1,7 @@
 "The canary's tests: they keep their word when they are looked at after every pair, and the suite notices a test that does not."
 import numpy as np
 import pytest
+
 from cvops_wb.serve.sequential import Difference, Family, Process, Proportions, Scale, Share, Tail, Values, project
 
 BAR, RUNS = np.log(20), 400

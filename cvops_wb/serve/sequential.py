@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRID', 'Process', 'project', 'Proportions', 'Scale', 'Values', 'Tail', 'Share', 'Family', 'Difference']
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #09338204
+# %% ../../nbs/api/serve/11_sequential.ipynb #4ee1b206
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.errors import WrongUsage
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #803cba89
+# %% ../../nbs/api/serve/11_sequential.ipynb #b172d75c
 class Process:
     "Bets on several effects, and what they are worth together: an e-process for each of R runs."
 
@@ -36,7 +36,7 @@ class Process:
         self.wealth += logs
         self.peak = np.maximum(self.peak, self.evidence)
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #90fe2ecf
+# %% ../../nbs/api/serve/11_sequential.ipynb #62e2dd7d
 def project(
     low: np.ndarray,        # share of the champion under the alternative
     high: np.ndarray,       # of the challenger
@@ -54,7 +54,7 @@ def project(
         a, b = np.where(slope < 0, middle, a), np.where(slope < 0, b, middle)
     return (a + b)/2
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #0c7b434d
+# %% ../../nbs/api/serve/11_sequential.ipynb #9b4c2149
 class Proportions(Process):
     "Whether the challenger's share of something is higher than the champion's by more than a margin (`side` 1), or lower (-1)."
 
@@ -95,7 +95,7 @@ class Proportions(Process):
         self.earn(self.odds[0, a, rows] + self.odds[1, b, rows])
         self.counts, self.hits = self.counts + 1, self.hits + a + b
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #630204dc
+# %% ../../nbs/api/serve/11_sequential.ipynb #269c6e0a
 GRID = 33   # quantiles that stand for all the values before
 
 @dataclass
@@ -107,13 +107,13 @@ class Scale:
     def place(self, logs: np.ndarray) -> np.ndarray:
         "Scores (R, …) of logarithms (R, …): between two quantiles straight, beyond the last ones flat."
         if len(logs) == 1: return np.interp(logs, self.quantiles[0], self.scores)
-        return np.stack([np.interp(row, q, self.scores) for row, q in zip(logs, self.quantiles)])
+        return np.stack([np.interp(row, q, self.scores) for row, q in zip(logs, self.quantiles, strict=True)])
 
     def shift(self, ratio: float) -> np.ndarray:
         "By how much the scores move on average when all values are multiplied, (R,)."
         return (self.place(self.quantiles + np.log(ratio)) - self.place(self.quantiles)).mean(1)
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #ae0a568a
+# %% ../../nbs/api/serve/11_sequential.ipynb #1ee3b1c6
 class Values(Process):
     "Whether the challenger's values are higher than the champion's times a ratio (`side` 1), or lower (-1)."
     first = 4       # pairs that only teach the scale
@@ -155,7 +155,7 @@ class Values(Process):
         self.seen[:, :, self.count] = pair
         self.count += 1
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #285e0727
+# %% ../../nbs/api/serve/11_sequential.ipynb #2f8c96c0
 class Tail(Proportions):
     "Whether more of the challenger's values lie above a quantile of all the values before."
 
@@ -174,7 +174,7 @@ class Tail(Proportions):
             self.seen, self.fresh = np.concatenate([self.seen, *self.fresh], axis=1), []
             self.limit, self.next = np.quantile(self.seen, self.quantile, axis=1), 1.5*self.seen.shape[1]
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #43e75f87
+# %% ../../nbs/api/serve/11_sequential.ipynb #0f00444b
 class Share(Process):
     "Whether a share lies above a limit."
 
@@ -187,7 +187,7 @@ class Share(Process):
         "One answer, (R,)."
         self.earn(np.broadcast_to(self.odds[np.asarray(happened, int)], self.wealth.shape))
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #3c76e53b
+# %% ../../nbs/api/serve/11_sequential.ipynb #498aabe9
 @dataclass
 class Family:
     "Processes that share one level."
@@ -217,7 +217,7 @@ class Family:
         "The process that holds most."
         return max(self.processes, key=lambda name: float(self.processes[name].evidence[0]))
 
-# %% ../../nbs/api/serve/11_sequential.ipynb #df6b40e7
+# %% ../../nbs/api/serve/11_sequential.ipynb #069c853f
 class Difference:
     "Challenger's share less champion's, as an interval that holds at all times at once."
 
