@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from cvops_wb.serve.sequential import Family, Process, Proportions, Tail, Values
+from cvops_wb.serve.rollouts.sequential import Family, Process, Proportions, Tail, Values
 
 score = NormalDist().inv_cdf
 LEVEL, POWER = Family.level, .9

@@ -2,7 +2,17 @@
 import numpy as np
 import pytest
 
-from cvops_wb.serve.sequential import Difference, Family, Process, Proportions, Scale, Share, Tail, Values, project
+from cvops_wb.serve.rollouts.sequential import (
+    Difference,
+    Family,
+    Process,
+    Proportions,
+    Scale,
+    Share,
+    Tail,
+    Values,
+    project,
+)
 
 BAR, RUNS = np.log(20), 400
 
