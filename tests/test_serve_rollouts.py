@@ -36,7 +36,7 @@ from cvops_wb.serve.rollouts import (
     read_boot,
     start,
 )
-from cvops_wb.serve.rollouts.controller import Controller, LogReader
+from cvops_wb.serve.rollouts.controller import Controller, LogReader, alone
 from cvops_wb.serve.rollouts.evidence import Evidence, RolloutSpec, decide
 from cvops_wb.serve.rollouts.traffic import Loaded, Traffic
 
@@ -271,7 +271,7 @@ def test_a_new_controller_knows_what_the_old_one_knew(tmp_path):
     other.tick()
     assert other.evidence.pairs == controller.evidence.pairs
     assert np.allclose(other.evidence.worse.evidence, controller.evidence.worse.evidence)
-    with controller.alone(), pytest.raises(WrongUsage, match="another controller"), other.alone(): pass
+    with alone(tmp_path/"rollout"), pytest.raises(WrongUsage, match="another controller"): other.watch()
 
 
 def test_rows_survive_their_segment_becoming_a_table(tmp_path):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RolloutSpec', 'Evidence', 'Decision', 'decide']
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #41e0c332
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #6e00e8bc
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from . import BASELINE, CHALLENGER, HOLDING, RUNNING, Rollout
 from .sequential import Family, Proportions, Tail, Values
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #7fe523fb
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #b277b492
 @dataclass(frozen=True)
 class RolloutSpec:
     "What is tolerated, and how long one waits."
@@ -30,6 +30,7 @@ class RolloutSpec:
     hold: float = 300.              # seconds that the old champion stays at hand
     feedback: bool = False          # whether the truth of enough answers must be known to promote
 
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #5aff8425
 class Evidence:
     "All that was seen of a rollout."
 
@@ -92,7 +93,7 @@ class Evidence:
         ours, base = self.seen[CHALLENGER], self.seen[BASELINE]
         return f"in {ours[part]:,} of {ours[whole]:,} answers, the champion in {base[part]:,} of {base[whole]:,}"
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #a076c49e
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #b36e89ee
 @dataclass(frozen=True)
 class Decision:
     "What to do now, and why."
