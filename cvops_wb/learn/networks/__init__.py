@@ -33,11 +33,6 @@ class Network(nn.Module):
         "Logits (N, K)."
         return self.head(self.dropout(self.features(images)))
 
-    def serve(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "What the exported graph says: the task's first output, and embeddings (N, D)."
-        embedding = self.features(images)
-        return self.head(embedding), embedding
-
 class Assembled(Network):
     "A network made of any body and a head."
 
@@ -63,7 +58,8 @@ class Served(nn.Module):
             self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.network.serve((images.permute(0, 3, 1, 2).float()/255 - self.mean)/self.std)
+        embedding = self.network.features((images.permute(0, 3, 1, 2).float()/255 - self.mean)/self.std)
+        return self.network.head(embedding), embedding
 
 # %% ../../../nbs/api/learn/networks/00_init.ipynb #b262533d
 def check_weights_file(path: Path | str) -> Path:
