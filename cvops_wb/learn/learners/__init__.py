@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['LEARNERS', 'LearnSpec', 'Learner', 'make_optimizers', 'learn', 'Cut', 'choose_cut']
 
-# %% ../../../nbs/api/learn/learners/00_init.ipynb #824b1fc1
+# %% ../../../nbs/api/learn/learners/00_init.ipynb #716a6370
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...core.registries import Registry
 from ..fitting import Muon, half_precision, has_bfloat16, rate, update_average
 
-# %% ../../../nbs/api/learn/learners/00_init.ipynb #651d9e11
+# %% ../../../nbs/api/learn/learners/00_init.ipynb #42cac7b6
 LEARNERS = Registry("learner", "cvops_wb.learn.learners", "cvops_wb.learners")
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class LearnSpec:
     every: int = 4          # epochs between two checks
     seed: int = 0
 
-# %% ../../../nbs/api/learn/learners/00_init.ipynb #68738743
+# %% ../../../nbs/api/learn/learners/00_init.ipynb #1ee796c6
 class Learner:
     "What a task brings to the loop."
 
@@ -76,7 +77,7 @@ class Learner:
         "Metrics of a network on the held-out images, the main one first."
         raise NotImplementedError
 
-# %% ../../../nbs/api/learn/learners/00_init.ipynb #669ed7ea
+# %% ../../../nbs/api/learn/learners/00_init.ipynb #9c5c1c0c
 def make_optimizers(network: nn.Module, spec: LearnSpec, half: bool) -> list[torch.optim.Optimizer]:
     "Muon for the convolutions inside, AdamW for heads, gains and biases."
     heads = {id(p) for name in ("head", "box") for p in getattr(network, name, nn.Identity()).parameters()}
@@ -117,7 +118,7 @@ def _step(learner: Learner, index: Tensor, progress: float, optimizers: list, pe
         optimizer.zero_grad()
     return loss.item()
 
-# %% ../../../nbs/api/learn/learners/00_init.ipynb #d3d4e9e0
+# %% ../../../nbs/api/learn/learners/00_init.ipynb #6d96146a
 @dataclass(frozen=True)
 class Cut:
     "Where a crop was taken, and how it was laid down."
@@ -127,6 +128,11 @@ class Cut:
     mirror: bool    # left to right
     upset: bool     # upside down
     turn: bool      # rows and columns change places
+
+    def read(self, image: np.ndarray) -> Tensor:
+        "The crop of an image (H, W, 3) that may be mapped from a file, uint8 (3, C, C)."
+        part = np.array(image[self.top:self.top + self.side, self.left:self.left + self.side])
+        return replace(self, left=0, top=0).apply(torch.from_numpy(part).permute(2, 0, 1))
 
     def apply(self, image: Tensor) -> Tensor:
         "The crop of an image or mask (…, H, W)."

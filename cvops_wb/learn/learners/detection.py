@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DetectionLearner']
 
-# %% ../../../nbs/api/learn/learners/01_detection.ipynb #e33a76f3
+# %% ../../../nbs/api/learn/learners/01_detection.ipynb #bc2b26df
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..fitting import half_precision
 from . import LEARNERS, Learner, LearnSpec, choose_cut
 from ..networks.heatmap import detection_loss
 
-# %% ../../../nbs/api/learn/learners/01_detection.ipynb #95c992a4
+# %% ../../../nbs/api/learn/learners/01_detection.ipynb #37408e2d
 @LEARNERS.register("detection")
 class DetectionLearner(Learner):
     "Boxes, by a network that gives its own loss (`losses`) or by heat maps."
@@ -31,8 +31,7 @@ class DetectionLearner(Learner):
         "One crop, uint8 (3, C, C), and its boxes (K, 5)."
         boxes = self.boxes[place]
         cut = choose_cut(self.material.size, self.crop, self.spec.flips, boxes, self.generator)
-        image = torch.from_numpy(self.material.pixels.images[self.places[place]]).permute(2, 0, 1)
-        return cut.apply(image), cut.follow(boxes)
+        return cut.read(self.material.pixels.images[self.places[place]]), cut.follow(boxes)
 
     def loss(self, index: Tensor, progress: float) -> Tensor:
         "Of a batch."
