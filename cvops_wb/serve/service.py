@@ -215,11 +215,11 @@ def look(app: Application, data: bytes, request: Request) -> Reply:
                      "request_id": request.id, "time": request.time, "latency_ms": latency})
 
 def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
-    "Label, confidence, the five best, and all scores."
+    "Label, confidence, the five best, all scores, and what the task adds."
     scores = [round(float(score), 6) for score in answer.scores]
     best = answer.scores.argsort()[::-1][:5]
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
-            "scores": dict(zip(classes, scores, strict=True))}
+            "scores": dict(zip(classes, scores, strict=True)), **answer.more}
 
 # %% ../../nbs/api/serve/06_service.ipynb #f5608748
 async def send_reply(send: Callable, reply: Reply, request: Request, max_bytes: int) -> None:
