@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'IDLE', 'RUNNING', 'HOLDING', 'CHAMPION', 'BASELINE', 'CHALLENGER', 'LEASE', 'Arm', 'Rollout', 'read_boot',
-           'parse_rollout', 'place_caller', 'choose_arm', 'RolloutRunning', 'NoRollout', 'start', 'advance', 'promote',
-           'abort', 'end', 'RolloutFile']
+           'parse_rollout', 'place_caller', 'is_leased', 'choose_arm', 'RolloutRunning', 'NoRollout', 'start',
+           'advance', 'promote', 'abort', 'end', 'RolloutFile']
 
-# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #ba1142af
+# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #1a16abd5
 import fcntl
 import json
 import time
@@ -21,7 +21,7 @@ from typing import Any
 from ...core.errors import BadRecord, WrongUsage
 from ...core.files import dump_json, read_json, write_atomic
 
-# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #0d833e96
+# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #6d08b7ba
 STEPS = (.01, .05, .25, .5)     # shares of the callers; the next step is all of them
 IDLE, RUNNING, HOLDING = "idle", "running", "holding"
 
@@ -69,21 +69,25 @@ def parse_rollout(value: Mapping[str, Any]) -> Rollout:
         return Rollout(**{**known, **arms, "steps": tuple(value.get("steps", STEPS))})
     except (TypeError, AttributeError) as e: raise BadRecord("the rollout's file is damaged", got=e, fix="cvops rollout abort --force") from e
 
-# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #b9160793
+# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #b5e2cbc5
 CHAMPION, BASELINE, CHALLENGER = "champion", "baseline", "challenger"
 
 def place_caller(rollout: str, key: str) -> float:
     "Where a caller stands between 0 and 1 in this rollout."
     return int.from_bytes(blake2b(f"{rollout}\0{key}".encode("utf-8", "replace"), digest_size=8).digest(), "big")/2**64
 
+def is_leased(rollout: Rollout, now: float, boot: str) -> bool:
+    "Whether a rollout is under way and its controller alive."
+    return rollout.phase == RUNNING and boot == rollout.boot and now < rollout.lease
+
 def choose_arm(rollout: Rollout, key: str, now: float, boot: str) -> str:
     "`champion`, `baseline` or `challenger`; the champion once the lease is over."
-    if rollout.phase != RUNNING or not rollout.share or boot != rollout.boot or now >= rollout.lease: return CHAMPION
+    if not rollout.share or not is_leased(rollout, now, boot): return CHAMPION
     place = place_caller(rollout.id, key)
     if place < rollout.share: return CHALLENGER
     return BASELINE if place < min(2*rollout.share, 1.) else CHAMPION
 
-# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #f25db3fb
+# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #353b6154
 class RolloutRunning(WrongUsage): "There is a rollout under way."
 class NoRollout(WrongUsage): "There is no rollout under way."
 
@@ -123,7 +127,7 @@ def end(state: Rollout, reason: str = "") -> Rollout:
     "The old champion may go."
     return replace(state, previous=None, phase=IDLE, event="end", reason=reason) if state.phase == HOLDING else state
 
-# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #ead6ddc5
+# %% ../../../nbs/api/serve/rollouts/00_init.ipynb #fa47287e
 LEASE = 20.     # seconds
 
 class RolloutFile:

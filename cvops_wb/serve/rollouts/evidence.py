@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RolloutSpec', 'Evidence', 'Decision', 'decide']
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #6e00e8bc
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #e4f846af
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from . import BASELINE, CHALLENGER, HOLDING, RUNNING, Rollout
 from .sequential import Family, Proportions, Tail, Values
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #b277b492
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #ebe745b8
 @dataclass(frozen=True)
 class RolloutSpec:
     "What is tolerated, and how long one waits."
@@ -30,7 +30,7 @@ class RolloutSpec:
     hold: float = 300.              # seconds that the old champion stays at hand
     feedback: bool = False          # whether the truth of enough answers must be known to promote
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #5aff8425
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #a9684b8b
 class Evidence:
     "All that was seen of a rollout."
 
@@ -93,7 +93,7 @@ class Evidence:
         ours, base = self.seen[CHALLENGER], self.seen[BASELINE]
         return f"in {ours[part]:,} of {ours[whole]:,} answers, the champion in {base[part]:,} of {base[whole]:,}"
 
-# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #b36e89ee
+# %% ../../../nbs/api/serve/rollouts/02_evidence.ipynb #f354e780
 @dataclass(frozen=True)
 class Decision:
     "What to do now, and why."
@@ -116,5 +116,5 @@ def decide(
     last, open_questions = state.step == len(state.steps) - 1 and not state.shadow, evidence.open
     if last and not open_questions and pairs >= spec.step_pairs: return Decision("promote", f"{' and '.join(evidence.needed)} shown to be no worse after {evidence.pairs:,} pairs")
     if elapsed >= spec.deadline: return Decision("abort", f"inconclusive at the deadline: {', '.join(open_questions) or 'too few answers'}")
-    if not last and (pairs >= spec.step_pairs or state.shadow) and in_step >= spec.step_seconds: return Decision("advance", f"nothing bad in {evidence.pairs:,} pairs")
+    if not last and pairs >= spec.step_pairs and in_step >= spec.step_seconds: return Decision("advance", f"nothing bad in {evidence.pairs:,} pairs")
     return Decision("wait", f"waiting for {', '.join(open_questions) or 'answers'}")

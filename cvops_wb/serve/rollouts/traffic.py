@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVERY', 'Loaded', 'Routing', 'Choice', 'Traffic']
 
-# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #e1f7612c
+# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #2329da35
 import logging
 import threading
 import time
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import CvopsError
-from . import BASELINE, CHALLENGER, CHAMPION, Arm, Rollout, RolloutFile, choose_arm, read_boot
+from . import BASELINE, CHALLENGER, CHAMPION, Arm, Rollout, RolloutFile, choose_arm, is_leased, read_boot
 
-# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #423fabc2
+# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #d8a6ea96
 @dataclass(frozen=True)
 class Loaded:
     "A version in memory."
@@ -44,8 +44,9 @@ class Choice:
     arm: str            # champion, baseline, challenger
     tag: str            # the same with the rollout's id, for the log; empty outside of one
     fallback: Loaded    # who answers if the challenger fails
+    shadow: Loaded | None = None    # who is asked afterwards, and heard by nobody
 
-# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #52dcfd4d
+# %% ../../../nbs/api/serve/rollouts/03_traffic.ipynb #064ef6bf
 EVERY = .2  # seconds
 
 class Traffic:
@@ -105,6 +106,8 @@ class Traffic:
         routing = self.routing
         state, champion = routing.state, routing.find(routing.state.champion) or routing.own
         challenger = routing.find(state.challenger)
+        if challenger and state.shadow and is_leased(state, time.monotonic(), self.boot):
+            return Choice(champion, BASELINE, f"{state.id}:{BASELINE}", champion, challenger)
         arm = choose_arm(state, key, time.monotonic(), self.boot) if challenger else CHAMPION
         tag = f"{state.id}:{arm}" if arm in (BASELINE, CHALLENGER) else ""
         return Choice(challenger if arm == CHALLENGER else champion, arm, tag, champion)
