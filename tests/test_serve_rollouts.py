@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from cvops_wb.core.errors import BadModel, BadRecord, WrongUsage
-from cvops_wb.serve import rollouts
-from cvops_wb.serve.rollouts import (
+from cvops_wb.serve.rollouts import states as rollouts
+from cvops_wb.serve.rollouts.states import (
     BASELINE,
     CHALLENGER,
     CHAMPION,
@@ -289,7 +289,7 @@ def test_rows_survive_their_segment_becoming_a_table(tmp_path):
 
 CHILD = """
 import sys
-from cvops_wb.serve import rollouts
+from cvops_wb.serve.rollouts import states as rollouts
 from cvops_wb.serve.rollouts.controller import Controller
 from cvops_wb.serve.rollouts.evidence import RolloutSpec
 rollouts.LEASE = 1.

@@ -30,7 +30,7 @@ from .inference import Answer, Classifier, count_threads
 from .limits import BadRequest, Gate, check_caller, check_host, explain, read_tokens, read_upload
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
-from .rollouts import BASELINE, CHALLENGER, CHAMPION, Arm
+from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
 from .rollouts.traffic import Choice, Loaded, Traffic
 from .verification import VerifiedModel, verify_model
 
