@@ -16,6 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from cvops_wb.core.errors import BadModel, BadRecord, WrongUsage
 from cvops_wb.serve.rollouts import states as rollouts
+from cvops_wb.serve.rollouts.controller import Controller, LogReader, alone
+from cvops_wb.serve.rollouts.evidence import Evidence, RolloutSpec, decide
 from cvops_wb.serve.rollouts.states import (
     BASELINE,
     CHALLENGER,
@@ -36,8 +38,6 @@ from cvops_wb.serve.rollouts.states import (
     read_boot,
     start,
 )
-from cvops_wb.serve.rollouts.controller import Controller, LogReader, alone
-from cvops_wb.serve.rollouts.evidence import Evidence, RolloutSpec, decide
 from cvops_wb.serve.rollouts.traffic import Loaded, Traffic
 
 FULL = bool(os.environ.get("CVOPS_FULL"))
@@ -133,7 +133,7 @@ def run_machine(machine, count):
 
 
 def test_any_order_with_a_crash_at_any_point():
-    run_machine(Machine, 5000 if FULL else 40)
+    run_machine(Machine, 5000 if FULL else 25)
 
 
 class Forgetful(Machine):
@@ -197,6 +197,15 @@ def test_a_worker_follows_and_a_version_that_does_not_load_gets_nobody(tmp_path)
         assert good.choose("x").loaded.version in (1, 2)    # a file that cannot be read changes nothing
     finally:
         for traffic in (good, bad): traffic.close()
+
+
+@pytest.mark.parametrize("since, version", [("", 2), ("2020-01-01T00:00:00Z", 2), ("2999-01-01T00:00:00Z", 1)])
+def test_a_package_that_was_made_after_a_promotion_answers(tmp_path, since, version):
+    file = RolloutFile(tmp_path)
+    for change in ((start, ARMS[0], ARMS[1], "r"), (promote,), (end,)): file.change(*change)
+    traffic = Traffic(tmp_path, Loaded(1, ARMS[0].manifest_sha256, None, since), lambda arm: Loaded(arm.version, arm.manifest_sha256, None))
+    traffic.look()
+    assert traffic.choose("x").loaded.version == version
 
 
 def write_rows(log, name, count, rng, failing=.01, slower=1., wrong=None):

@@ -150,7 +150,7 @@ class Application:
                       "/v1/models": to_reply({"models": [about]}), "/livez": to_reply({"live": True}),
                       "/readyz": to_reply({"ready": True, "version": self.version})}
         self.classifier = self.open(model)
-        self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier), self.load)
+        self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier, tell_time((self.folder/"service.json").stat().st_mtime)), self.load)
         self.traffic.start()
 
     def open(self, model: VerifiedModel) -> Classifier:

@@ -6,28 +6,25 @@
 __all__ = ['rollout', 'open_file', 'read_spec', 'parse_share', 'choose_steps', 'tell', 'describe', 'follow', 'keep_alias',
            'start_rollout', 'show_status', 'promote_now', 'abort_now', 'show_history', 'watch_rollout']
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #18c34e5d
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #53d831a1
 import time
 from dataclasses import asdict, fields
 from typing import Annotated, Any
 
-import typer
-
 from ...core.errors import WrongUsage
 from ...core.settings import Settings, load_settings
-from ..cli import LOOP, Json, app
+from ..cli import LOOP, Argument, Json, Option, add_group
 from ..replies import Reply
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #bbe2be45
-rollout = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 116}, help="""
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #bce81cc6
+rollout = add_group("rollout", """
 A new version gets a few callers, then more, then all.
 
 \b
   cvops rollout start 4 --canary 5%   and stay as the controller until it is decided
   cvops rollout status
   cvops rollout abort                 back to the champion, at once
-""")
-app.add_typer(rollout, name="rollout", rich_help_panel=LOOP)
+""", LOOP)
 
 def open_file(settings: Settings) -> Any:
     "The rollout's file of this workbench."
@@ -39,7 +36,7 @@ def read_spec(settings: Settings) -> Any:
     from cvops_wb.serve import RolloutSpec
     return RolloutSpec(**{f.name: getattr(settings.rollout, f.name) for f in fields(RolloutSpec)})
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #f20f6f43
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #e2f6967e
 def parse_share(text: str) -> float:
     "`5%` or `0.05` as a share; `WrongUsage` for anything else."
     try: share = float(text.rstrip("% "))/(100 if text.rstrip().endswith("%") else 1)
@@ -51,7 +48,7 @@ def choose_steps(first: float) -> tuple[float, ...]:
     "The steps from a first share on: it, and those of the usual ones that are larger."
     return (first, *(share for share in (.01, .05, .25, .5) if share > first))
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #dbbbbf25
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #83004993
 def tell(state: Any, evidence: Any = None) -> str:
     "A state in a line."
     who = f"version {state.champion.version} answers" if state.champion else "the packaged version answers"
@@ -77,13 +74,13 @@ def keep_alias(state: Any) -> None:
     if state.event not in ("promote", "abort") or state.champion is None: return
     if find_version("champion").version != state.champion.version: move_alias("champion", state.champion.version, by="rollout")
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #a8190904
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #d3c31ba4
 @rollout.command("start")
 def start_rollout(
-    version: Annotated[str, typer.Argument(metavar="VERSION", help="A number in the registry, or `challenger`.")] = "challenger",
-    canary: Annotated[str, typer.Option(metavar="SHARE", help="Of the callers, at first.")] = "1%",
-    shadow: Annotated[bool, typer.Option("--shadow", help="At first it answers in the shadow, and nobody hears it.")] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not watch: somebody runs `cvops rollout watch`.")] = False,
+    version: Annotated[str, Argument(metavar="VERSION", help="A number in the registry, or `challenger`.")] = "challenger",
+    canary: Annotated[str, Option(metavar="SHARE", help="Of the callers, at first.")] = "1%",
+    shadow: Annotated[bool, Option("--shadow", help="At first it answers in the shadow, and nobody hears it.")] = False,
+    detach: Annotated[bool, Option("--detach", help="Do not watch: somebody runs `cvops rollout watch`.")] = False,
     json: Json = False,
 ) -> Reply:
     """Give a version its first callers, and watch."""
@@ -105,14 +102,14 @@ def show_status(json: Json = False) -> Reply:
     return Reply({"state": describe(state)}, tell(state) + alive)
 
 @rollout.command("promote")
-def promote_now(reason: Annotated[str, typer.Option(help="For the history.")] = "a person decided", json: Json = False) -> Reply:
+def promote_now(reason: Annotated[str, Option(help="For the history.")] = "a person decided", json: Json = False) -> Reply:
     """Give the challenger all callers now; the old champion stays at hand for a while."""
     state = open_file(load_settings()).promote(reason)
     keep_alias(state)
     return Reply({"state": describe(state)}, tell(state))
 
 @rollout.command("abort")
-def abort_now(reason: Annotated[str, typer.Option(help="For the history.")] = "a person decided", json: Json = False) -> Reply:
+def abort_now(reason: Annotated[str, Option(help="For the history.")] = "a person decided", json: Json = False) -> Reply:
     """Back to the champion at once; no error if nothing is under way."""
     state = open_file(load_settings()).abort(reason)
     keep_alias(state)

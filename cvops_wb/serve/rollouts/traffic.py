@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVERY', 'Loaded', 'Routing', 'Choice', 'Traffic']
 
-# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #e096161e
+# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #82d34897
 import logging
 import threading
 import time
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import CvopsError
-from .states import BASELINE, CHALLENGER, CHAMPION, Arm, Rollout, RolloutFile, choose_arm, is_leased, read_boot
+from .states import BASELINE, CHALLENGER, CHAMPION, IDLE, Arm, Rollout, RolloutFile, choose_arm, is_leased, read_boot
 
-# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #72762eb2
+# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #d41c013e
 @dataclass(frozen=True)
 class Loaded:
     "A version in memory."
     version: int
     model: str          # first digits of its manifest's SHA-256
     engine: Any         # answers
+    since: str = ""     # ISO 8601, UTC: when it was packaged
 
 @dataclass(frozen=True)
 class Routing:
@@ -37,6 +38,12 @@ class Routing:
         if arm is None: return None
         return self.own if arm.manifest_sha256.startswith(self.own.model) else self.others.get(arm.manifest_sha256)
 
+    @property
+    def champion(self) -> Loaded:
+        "Who answers by default: the one of the last rollout, unless a package was made after it."
+        outdated = self.state.phase == IDLE and self.state.time < self.own.since
+        return self.own if outdated else self.find(self.state.champion) or self.own
+
 @dataclass(frozen=True)
 class Choice:
     "Who answers one request."
@@ -46,7 +53,7 @@ class Choice:
     fallback: Loaded    # who answers if the challenger fails
     shadow: Loaded | None = None    # who is asked afterwards, and heard by nobody
 
-# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #d82273bd
+# %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #e6118df1
 EVERY = .2  # seconds
 
 class Traffic:
@@ -104,7 +111,7 @@ class Traffic:
     def choose(self, key: str) -> Choice:
         "Who answers the caller with this key."
         routing = self.routing
-        state, champion = routing.state, routing.find(routing.state.champion) or routing.own
+        state, champion = routing.state, routing.champion
         challenger = routing.find(state.challenger)
         if challenger and state.shadow and is_leased(state, time.monotonic(), self.boot):
             return Choice(champion, BASELINE, f"{state.id}:{BASELINE}", champion, challenger)
