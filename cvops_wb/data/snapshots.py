@@ -33,7 +33,7 @@ from ..core.records import Selection, Snapshot, parse_record
 from ..core.settings import Settings, load_settings
 from .formats.objects import list_object_classes
 from .images import decode_image
-from .shards import Place, index_shards, pack_images
+from .shards import AHEAD, Place, drop_adopted, index_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
 from .versions.events import append_event, read_events
@@ -116,6 +116,7 @@ def _version(settings: Settings, message: str, push: bool) -> str:
     before = read_pointer(settings)
     ensure_dvc(settings)
     add_data(settings, before)
+    drop_adopted(settings.cache/AHEAD, settings.versioned/"shards")
     if push: _push(settings)
     if message and read_pointer(settings) != before: _describe(settings.root/"data.dvc", message)
     return read_pointer(settings)
@@ -173,7 +174,8 @@ def take_snapshot(
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
 def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> Snapshot:
     images, kinds = zip(table["sha256"], table["ext"], table["bytes"]), dict(zip(table["sha256"], table["ext"]))
-    shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings))
+    shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings),
+                         ahead=settings.cache/AHEAD)
     path = write_samples(table, settings.versioned/"samples"/"next.part")
     name = digest_table(path)[:12]
     os.replace(path, path.with_name(f"{name}.parquet"))
