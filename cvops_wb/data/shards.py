@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'BLOCK', 'Image', 'SHARD_BYTES', 'AHEAD', 'WINDOW', 'build_shard', 'Place', 'read_index', 'index_shards',
-           'find_packed', 'pack_images', 'note_hash', 'recall_hash', 'Prepacker', 'adopt_shards', 'drop_adopted']
+           'find_packed', 'pack_images', 'list_shards', 'note_hash', 'recall_hash', 'Prepacker', 'adopt_shards',
+           'drop_adopted']
 
 # %% ../../nbs/api/data/14_shards.ipynb #c82f65df
 import hashlib
@@ -14,9 +15,9 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ..core.errors import BadRecord, CvopsError
 from ..core.files import sync_folder, write_atomic
@@ -53,8 +54,7 @@ def _head(name: str, size: int) -> bytes:
     return bytes(head)
 
 # %% ../../nbs/api/data/14_shards.ipynb #1cc51f8d
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):    # a hundred thousand of them are made at once
     "Where the bytes of an image stand."
     shard: Path
     start: int
@@ -114,17 +114,21 @@ def pack_images(
     read: Callable[[str], bytes],               # an image by its hash
     most: int = SHARD_BYTES,                    # bytes a shard
     ahead: Path | None = None,                  # where an ingest has packed ahead
-) -> list[str]:
-    "See that all images stand in shards; returns the names of the shards that hold them."
-    wanted = sorted(set(wanted))
+) -> dict[str, Place]:
+    "See that all images stand in shards; where each of them is."
+    wanted = set(wanted)
     for left in folder.glob(".*.part"): left.unlink()   # of a write that was killed
     known = index_shards(sorted(folder.glob("*.tar")))
     if ahead: known |= adopt_shards(ahead, folder, {sha256 for sha256, _, _ in wanted}, known)
-    absent = [image for image in wanted if image[0] not in known]
+    absent = sorted(image for image in wanted if image[0] not in known)
     with ThreadPoolExecutor(4) as pool:     # reading, hashing and waiting for the disk go on beside each other
         written = pool.map(lambda chunk: _write_shard(chunk, folder, read), _fill(absent, most))
         for path in show_progress(written, "pack", unit="shard") if absent else (): known.update(read_index(path))
-    return sorted({known[sha256].shard.name for sha256, _, _ in wanted})
+    return {sha256: known[sha256] for sha256, _, _ in wanted}
+
+def list_shards(places: dict[str, Place]) -> list[str]:
+    "The names of the shards that images stand in."
+    return sorted(path.name for path in {place.shard for place in places.values()})
 
 def _write_shard(chunk: list[tuple[str, str, int]], folder: Path, read: Callable[[str], bytes]) -> Path:
     data = build_shard((sha256, ext, read(sha256)) for sha256, ext, _ in chunk)
@@ -207,14 +211,14 @@ def adopt_shards(
 ) -> dict[str, Place]:
     "Take those shards in that hold nothing but wanted images, at least one of them new; where their images stand."
     found: dict[str, Place] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(ahead.glob("*.tar")):
         if not recall_hash(ahead, path): continue   # a kill came between the shard and its note
-        images = read_index(path).keys()
-        if not images <= wanted or images <= known.keys() | found.keys(): continue
+        images = read_index(path)
+        if not images.keys() <= wanted or all(sha256 in known or sha256 in found for sha256 in images): continue
         place = folder/path.name
-        folder.mkdir(parents=True, exist_ok=True)
         _take(path, place)
-        found |= read_index(place)
+        found |= {sha256: image._replace(shard=place) for sha256, image in images.items()}
     if found: sync_folder(folder)
     return found
 
