@@ -64,8 +64,9 @@ def _lay_over(config: ConfigParser, settings: Settings) -> dict[str, dict[str, s
     if any((folder/".git").exists() for folder in (settings.root, *settings.root.parents)): core.pop("no_scm")
     place = settings.data.remote
     url = place if "://" in place or Path(place).is_absolute() else os.path.join("..", place)
+    endpoint = {"endpointurl": settings.data.endpoint} if settings.data.endpoint and place.startswith("s3") else {}
     cache, section = {"type": '"hardlink,copy"', **said.get("cache", {})}, f"'remote \"{REMOTE}\"'"
-    return {**said, "core": core, "cache": cache, section: {**said.get(section, {}), "url": url, "verify": "true"}}
+    return {**said, "core": core, "cache": cache, section: {**said.get(section, {}), "url": url, "verify": "true", **endpoint}}
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #b3cbe28a
 _PROGRAM = """
@@ -137,9 +138,7 @@ def push_data() -> None:
     if not (settings.root/"data.dvc").is_file(): raise BadInput("there is no version to push yet", got=settings.root, fix="run `cvops snapshot`")
     with locked(settings): _push(settings)
 
-def _push(settings: Settings) -> None:
-    if "://" in settings.data.remote: run_dvc(settings, ["push", "data.dvc"])
-    else: push_objects(settings, read_pointer(settings))
+def _push(settings: Settings) -> None: push_objects(settings, read_pointer(settings))
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #33d3db06
 @dataclass(frozen=True)
