@@ -114,6 +114,7 @@ def version_data(message: str = "", push: bool = False) -> str:
 
 def _version(settings: Settings, message: str, push: bool) -> str:
     settings.versioned.mkdir(parents=True, exist_ok=True)
+    for left in (path for place in (".*.part", "s*/.*.part") for path in settings.versioned.glob(place)): left.unlink()   # of a version that was killed
     before = read_pointer(settings)
     ensure_dvc(settings)
     add_data(settings, before)
