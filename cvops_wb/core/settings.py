@@ -29,6 +29,7 @@ class Data:
     store: str = ".cvops/store"         # journal, blobs, predictions: irreplaceable
     cache: str = ".cvops/cache"         # rebuilt when missing
     remote: str = ".cvops/remote"       # DVC remote: a folder or an S3 address
+    endpoint: str = ""                  # of an S3 server that is not Amazon's; empty: AWS_ENDPOINT_URL
     max_bytes: int = 50_000_000         # of one image file on intake
     max_megapixels: float = 25.         # of one image
     min_free_mb: int = 500              # a watched inbox waits while the disk has less
