@@ -63,6 +63,7 @@ class Fiftyone:
     database: str = ""          # a MongoDB address; empty: a mongod of our own
     port: int = 5151            # of the App
 
+# %% ../../nbs/api/core/03_settings.ipynb #serving02
 @dataclass(frozen=True)
 class Serve:
     host: str = "127.0.0.1"     # any other address needs a token (CVOPS_TOKEN or CVOPS_TOKEN_FILE)
