@@ -41,11 +41,15 @@ class Train:
 @dataclass(frozen=True)
 class Gate:
     min_samples: int = 20               # a verdict on fewer test images is refused
-    min_accuracy: float = .5            # the lower end of the 95 % interval, absolute
+    min_accuracy: float = .5            # the lower end of the main metric's 95 % interval (accuracy, mAP, mIoU, …), absolute
     max_calibration_error: float = .25  # expected calibration error, 15 bins
     max_latency_ms: float = 200.        # median of one image through ONNX Runtime
     max_size_mb: float = 200.           # of the ONNX file
+    max_leak_share: float = .2          # of the test images that have near duplicates in train
     margin: float = .01                 # how much worse than the champion is still equal
+    slice_samples: int = 50             # slices of fewer images have no say
+    slice_margin: float = .01           # no slice may be shown to be worse than the champion by more
+    slice_tolerance: float = .25        # every slice must be shown not to be worse by more
 
 @dataclass(frozen=True)
 class Tracking:

@@ -18,6 +18,7 @@ _rooms = {
     "train": "training", "TrainSpec": "training", "draw_history": "training", "draw_predictions": "training",
     "evaluate": "evaluation", "EvaluateSpec": "evaluation", "read_scores": "evaluation", "draw_metrics": "evaluation", "draw_confusion": "evaluation",
     "draw_classes": "evaluation", "draw_calibration": "evaluation", "draw_errors": "evaluation",
+    "draw_slices": "slices", "draw_slice_errors": "slices", "rank_slices": "slices",
     "judge": "gates", "compare": "gates",
     "register": "registry", "RegisterSpec": "registry", "list_versions": "registry", "find_version": "registry", "move_alias": "registry",
     "draw_verdict": "registry", "read_events": "registry", "mirror_version": "registry",

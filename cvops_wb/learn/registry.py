@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -33,7 +33,7 @@ from ..core.records import Evaluation, ModelVersion
 from ..core.settings import Settings, load_settings
 from .evaluation import predict, read_scores
 from .exporting import read_model
-from .gates import Comparison, compare, judge
+from .gates import Comparison, compare, compare_slices, judge
 from .loading import open_split
 from .tasks import TASKS
 from .tracking import mirror_versions, open_client, tracked
@@ -165,8 +165,8 @@ def _find_known(settings: Settings, name: str, evaluation: Evaluation) -> ModelV
 def _decide(settings: Settings, name: str, evaluation: Evaluation, by: str) -> ModelVersion:
     versions = read_registry(settings).get(name, [])
     champion = next((v for v in versions if v.alias == "champion"), None)
-    comparison = compare_champion(settings, evaluation, champion) if champion else None
-    rules = judge(evaluation, settings.gate, comparison)
+    comparison, slices = compare_champion(settings, evaluation, champion) if champion else (None, None)
+    rules = judge(evaluation, settings.gate, comparison, slices)
     passed = all(rule["passed"] for rule in rules)
     better = champion is None or (isinstance(comparison, Comparison) and comparison.low > 0)
     verdict = ModelVersion(name, 0, "", evaluation.model, evaluation.manifest_sha256, rules, passed, evaluation.candidate,
@@ -186,13 +186,18 @@ def _refuse(settings: Settings, verdict: ModelVersion, by: str) -> ModelVersion:
     return verdict
 
 # %% ../../nbs/api/learn/11_registry.ipynb #2a0ca448
-def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> Comparison | MetricMissing:
-    "Ask the champion's file about the images that the candidate was evaluated on."
+def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> tuple[Comparison | MetricMissing, list[Comparison] | MetricMissing]:
+    "Ask the champion's file about the images that the candidate was evaluated on: all of them, and slice by slice."
     model = read_model(settings.root/champion.model, champion.manifest_sha256)
     task = TASKS[model.card["task"]]()
     rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size, task.truth)
     table, _ = predict(task, model, rows, pixels)
-    try: return compare(read_scores(evaluation), table, champion.version)
+    ours = read_scores(evaluation)
+    return (_try(lambda: compare(ours, table, champion.version)),
+            _try(lambda: compare_slices(ours, table, settings.gate.slice_samples, champion.version)))
+
+def _try(make: Callable[[], Any]) -> Any:
+    try: return make()
     except MetricMissing as e: return e     # a rule answers for it
 
 def keep_files(settings: Settings, model: Path, name: str, number: int) -> Path:
