@@ -20,6 +20,7 @@ _rooms = {
     "draw_classes": "evaluation", "draw_calibration": "evaluation", "draw_errors": "evaluation",
     "draw_slices": "slices", "draw_slice_errors": "slices", "rank_slices": "slices",
     "judge": "gates", "compare": "gates",
+    "compare_models": "comparison", "draw_curves": "comparison", "draw_differences": "comparison", "draw_disagreements": "comparison",
     "register": "registry", "RegisterSpec": "registry", "list_versions": "registry", "find_version": "registry", "move_alias": "registry",
     "draw_verdict": "registry", "read_events": "registry", "mirror_version": "registry",
     "rebuild_tracking": "tracking", "tracking_uri": "tracking",
