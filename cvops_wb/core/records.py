@@ -132,6 +132,7 @@ class Candidate(Record):
     manifest_sha256: str
     parameters: int = 0
     seconds: float = field(default=0., compare=False)
+    cpu_seconds: float = field(default=0., compare=False)    # of all cores
     tracking: str = ""          # MLflow run id, where it was logged
 
 # %% ../../nbs/api/core/04_records.ipynb #b7ad0181

@@ -19,6 +19,7 @@ _rooms = {
     "evaluate": "evaluation", "EvaluateSpec": "evaluation", "read_scores": "evaluation", "draw_metrics": "evaluation", "draw_confusion": "evaluation",
     "draw_classes": "evaluation", "draw_calibration": "evaluation", "draw_errors": "evaluation",
     "draw_slices": "slices", "draw_slice_errors": "slices", "rank_slices": "slices",
+    "write_model_card": "modelcards", "read_model_card": "modelcards", "roll_back": "registry", "read_registry": "registry",
     "judge": "gates", "compare": "gates",
     "compare_models": "comparison", "draw_curves": "comparison", "draw_differences": "comparison", "draw_disagreements": "comparison",
     "register": "registry", "RegisterSpec": "registry", "list_versions": "registry", "find_version": "registry", "move_alias": "registry",

@@ -176,6 +176,7 @@ def compare_slices(
 ) -> list[Comparison]:
     "The paired difference on each slice, with an interval that holds for all slices together; `MetricMissing` without slices."
     if "slices" not in candidate: raise MetricMissing("the candidate was evaluated before there were slices", fix="run `cvops evaluate --force`")
+    if set(candidate["id"]) != set(champion["id"]): raise MetricMissing("the champion was not scored on the same images")
     members, known = candidate["slices"].tolist(), champion[["id", "correct"]]
     masks = list_slices(members, least)
     z = NormalDist().inv_cdf(1 - .05/max(len(masks), 1)) if len(masks) > 1 else 1.959964
