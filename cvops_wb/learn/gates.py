@@ -42,7 +42,7 @@ def paired_interval(
             low, high = (middle, high) if score(middle) > wanted else (low, middle)
         return (low + high)/2
     middle = (better - worse)/count
-    return solve(z, -1., middle), solve(-z, middle, 1.)
+    return float(solve(z, -1., middle)), float(solve(-z, middle, 1.))
 
 # %% ../../nbs/api/learn/09_gates.ipynb #e3de9a70
 @dataclass(frozen=True)

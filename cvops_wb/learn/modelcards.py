@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sum_costs', 'choose_threshold', 'measure_threshold', 'gather_facts', 'find_training', 'measure_effort',
-           'find_data_card', 'list_limits', 'list_sections', 'write_model_card', 'read_model_card', 'to_html',
-           'to_markdown', 'quote_markdown']
+           'find_data_card', 'list_limits', 'list_sections', 'write_model_card', 'draw_pictures', 'read_model_card',
+           'to_html', 'to_markdown', 'quote_markdown']
 
 # %% ../../nbs/api/learn/13_modelcards.ipynb #686c8d31
 import json
@@ -103,13 +103,16 @@ def list_limits(e: Evaluation, classes: Sequence[str], card: Card) -> list[str]:
             f"it answers for every image with one of its {len(classes)} classes, also for what is none of them" if e.main_metric == "accuracy" else
             f"it knows {len(classes)} classes and nothing else", *([card.limits] if card.limits else [])]
 
+def _rate(item: tuple[str, dict[str, float]]) -> float:
+    return next((item[1][key] for key in ("f1", "iou", "ap50", "recall") if key in item[1]), 0.)
+
 def _span(row: Mapping[str, Any]) -> str: return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}], {row['count']} images"
 
 def list_sections(facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     "The tables of a card by their headings."
     named = {name: facts[name] for name in ("task", "network", "image_size", "parameters", "snapshot", "split", "images", "candidate", "manifest_sha256")}
     ranges = facts["intervals"]
-    t, worst = facts["threshold"], sorted((r for r in facts["per_class"].items() if r[1].get("count", 1)), key=lambda item: next(iter(item[1].values()), 0.))
+    t, worst = facts["threshold"], sorted((r for r in facts["per_class"].items() if r[1].get("count", 1)), key=_rate)
     return {
         "The model": [{"what": name, "value": value} for name, value in named.items()] + [{"what": "data card", "value": facts["data_card"] or "not in reports/ any more"}],
         "Metrics": [{"metric": name, "value": float(v), "95 % interval": "[{:.3f}, {:.3f}]".format(*ranges[name]) if name in ranges else ""} for name, v in facts["metrics"].items()],
@@ -118,7 +121,8 @@ def list_sections(facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         "By class, the weakest first": [{"class": name, **{k: float(v) for k, v in values.items()}} for name, values in worst[:30]],
         "The gate": [{"rule": r["rule"], "value": "not measured" if r["value"] is None else float(r["value"]), "limit": float(r["limit"]), "passed": "yes" if r["passed"] else "no", "why": r["why"]} for r in facts["rules"]],
         "When to ask a person": [{"below a confidence of": t["threshold"], "share of images": t["asked"], "expected cost an image": f"{t['cost']:.3f} [{t['low']:.3f}, {t['high']:.3f}]",
-                     "never asking": t["cost_always_answering"], "an error costs": facts["costs"]["error"], "a look costs": facts["costs"]["abstain"]}] if t else [],
+                     "never asking": t["cost_always_answering"], "an error costs": facts["costs"]["error"], "a look costs": facts["costs"]["abstain"],
+                     "measured on": facts["split"] + (", where it was chosen: it flatters" if facts["split"] == "val" else "")}] if t else [],
         "Time and carbon": [{"what": name.replace("_", " "), "value": float(value)} for name, value in facts["training"].items()],
     }
 
@@ -130,11 +134,17 @@ _STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margi
 def write_model_card(settings: Settings, version: ModelVersion, evaluation: Evaluation) -> Path:
     "`card.md`, `card.html`, `card.json` and pictures beside the version's files; returns the HTML page."
     folder, facts = settings.root/version.model/"card", gather_facts(settings, version, evaluation)
-    pictures = {"slices": draw_slices(evaluation), "weak": draw_slice_errors(evaluation), "errors": draw_errors(evaluation)}
+    pictures = draw_pictures(evaluation)
     for name, picture in pictures.items(): write_atomic(folder/f"{name}.png", to_png(picture), durable=False)
     write_atomic(folder/"card.json", dump_json(facts), durable=False)
-    write_atomic(folder/"card.md", to_markdown(facts), durable=False)
+    write_atomic(folder/"card.md", to_markdown(facts, list(pictures)), durable=False)
     return write_atomic(folder/"card.html", to_html(facts, pictures), durable=False)
+
+def draw_pictures(evaluation: Evaluation) -> dict[str, Any]:
+    "The pictures of a card; without photographs where the snapshot is not at hand."
+    pictures = {"slices": draw_slices(evaluation)}
+    try: return pictures | {"weak": draw_slice_errors(evaluation), "errors": draw_errors(evaluation)}
+    except BadRecord: return pictures
 
 def read_model_card(settings: Settings, version: ModelVersion) -> dict[str, Any]:
     "The facts of a version's card; `BadRecord` if it has none."
@@ -153,12 +163,12 @@ def to_html(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
             f"<h2>Make it again</h2><p><code>{escape(facts['reproduce'])}</code> trains with the same parameters on the same snapshot and compares the metrics.</p></html>")
 
 # %% ../../nbs/api/learn/13_modelcards.ipynb #d7f9abb6
-def to_markdown(facts: Mapping[str, Any]) -> str:
+def to_markdown(facts: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
     "Front matter, tables, and the pictures beside it."
     keys = ("name", "version", "task", "network", "manifest_sha256", "snapshot", "data_card", "main_metric", "metrics", "intervals", "classes", "candidate", "training", "reproduce")
     front = "\n".join(f"{name}: {_to_yaml(facts[name])}" for name in keys)
     parts = [f"## {heading}\n\n{_to_rows(rows)}" for heading, rows in list_sections(facts).items() if rows]
-    drawn = [f"## {title}\n\n![{title}]({name}.png)" for name, title in _TITLES.items()]
+    drawn = [f"## {_TITLES[name]}\n\n![{_TITLES[name]}]({name}.png)" for name in pictures]
     limits = "\n".join(f"- {quote_markdown(limit)}" for limit in facts["limits"])
     return "\n\n".join([f"---\n{front}\n---", f"# Model card of {facts['name']} {facts['version']}", f"## Intended use\n\n{quote_markdown(facts['intended_use'])}",
                         f"## Limits\n\n{limits}", *parts, *drawn, f"## Make it again\n\n    {facts['reproduce']}"]) + "\n"
