@@ -19,7 +19,6 @@ import numpy as np
 from ..core.drawing import embed_png, escape, to_png, to_table
 from ..core.errors import BadRecord
 from ..core.files import dump_json, write_atomic
-from ..core.places import locate
 from ..core.records import Envelope, Evaluation, ModelVersion, Snapshot, read_envelope
 from ..core.settings import Card, Settings
 from .evaluation import draw_errors, read_scores, resample_groups
