@@ -35,6 +35,7 @@ COLUMNS = {
     "predicted": "text", "confidence": "float64", "entropy_of_scores": "float64", "scores": "vector", "embedding": "vector",
     "brightness": "float64", "contrast": "float64", "sharpness": "float64", "entropy": "float64", "saturation": "float64",
     "width": "int64", "height": "int64", "bytes": "int64", "phash": "text", "latency_ms": "float64",
+    "arm": "text", "failed": "int64",                               # of a rollout, `id:challenger` or `id:baseline`; 1 if it could not answer
     "objects": "text",      # what was found where, as JSON; empty where the task finds none
 }
 VECTORS = tuple(name for name, kind in COLUMNS.items() if kind == "vector")

@@ -8,7 +8,6 @@ __all__ = ['TASKS', 'Task', 'list_labels', 'choose_task', 'check_labels']
 # %% ../../../nbs/api/learn/tasks/00_init.ipynb #00e5b7ed
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
