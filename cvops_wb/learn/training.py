@@ -14,7 +14,7 @@ import os
 import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def train(
     out: Path,              # where model/, history.csv and curves.png go
 ) -> Candidate:
     "Learn from the split `train`, watch `val`, and write a model that is ready to be judged."
-    settings, begin = load_settings(), perf_counter()
+    settings, begin, cpu = load_settings(), perf_counter(), process_time()
     check_spec(spec)
     spec = complete(spec, snapshot)
     task, device = TASKS[spec.task](), choose_device(spec.device or settings.train.device)
@@ -156,7 +156,7 @@ def train(
         recipe = (teach if spec.task in LEARNERS else classify)(network, material, spec, history)
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
-                              {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin)
+                              {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin, process_time() - cpu)
         return replace(candidate, tracking=file_away(tracker, candidate, history, out))
 
 def classify(network: Any, material: "Material", spec: TrainSpec, history: History) -> FitSpec:
