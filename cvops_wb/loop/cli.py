@@ -429,4 +429,4 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import keeping, releasing   # noqa: F401 - imported for what it registers
+from . import judging, keeping, releasing   # noqa: F401 - imported for what it registers
