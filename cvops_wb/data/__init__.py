@@ -16,7 +16,7 @@ _rooms = {
     "export_samples": "formats",
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
     "find_before": "splits", "report_leaks": "looks",
-    "index_samples": "views", "open_app": "views", "ViewSpec": "views",
+    "index_samples": "views", "open_map": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",
     "find_snapshot": "snapshots", "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",
     "list_versions": "versions", "compare_versions": "versions", "write_difference": "versions", "checkout_version": "versions", "pull_data": "versions",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'NUMBERS', 'POLICY', 'find_mongod', 'open_database', 'listens', 'list_environment', 'import_fiftyone',
-           'open_fiftyone', 'ViewSpec', 'describe_samples', 'list_views', 'index_samples', 'run_builder', 'find_marker',
-           'build_dataset', 'guard', 'is_allowed', 'run_server', 'serving_app', 'open_app']
+           'open_fiftyone', 'ViewSpec', 'describe_samples', 'list_views', 'index_samples', 'run_builder', 'add_brain',
+           'open_map', 'find_marker', 'build_dataset', 'guard', 'is_allowed', 'run_server', 'serving_app', 'open_app']
 
 # %% ../../nbs/api/data/16_views.ipynb #c36e5bcd
 import fcntl
@@ -22,11 +22,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qs, quote
 
 import pandas as pd
 
+from ..core.drawing import write_picture
 from ..core.errors import BadInput, MissingTool, ToolFailed, needs
 from ..core.files import dump_json, write_atomic
 from ..core.places import locate
@@ -35,8 +37,9 @@ from ..core.records import Selection, View
 from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .quality import measure_oddness
+from .looks.embeddings import Descriptor, Embedder, draw_map, embed_samples, place_samples
 from .splits import SPLITS
-from .store import Store, read_samples
+from .store import Store, read_blob, read_samples
 
 # %% ../../nbs/api/data/16_views.ipynb #803372ba
 def find_mongod() -> Path:
@@ -184,27 +187,46 @@ def list_views(dataset: Any, fields: Any) -> dict[str, Any]:
 def index_samples(
     selection: Selection,
     spec: ViewSpec,
-    out: Path,          # where nothing is written: the index stands in the database
+    out: Path,          # where map.png goes; the index itself stands in the database
+    embedder: Embedder | None = None,   # what the map and the likeness rest on; a hand-made one if not given
 ) -> View:
-    "Make the FiftyOne data set of a selection anew."
+    "Make the FiftyOne data set of a selection anew, with its map, and sorted by likeness on demand."
     settings = load_settings()
     name = spec.dataset or settings.workbench.name
     samples = locate(selection.samples, settings.root)
     if not find_spec("fiftyone"): raise _no_fiftyone()
+    table, embedder = read_samples(samples), embedder or Descriptor()
+    rows = dict(zip(table["id"], table.itertuples()))
+    points = embed_samples(list(table["id"]), lambda id: read_blob(rows[id], settings), embedder, settings.cache/"embeddings")
+    write_picture(out/"map.png", draw_map(table, place_samples(points)))
     with open_database(settings) as address:
-        told = call([sys.executable, "-c", _BUILDER, samples, name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))
+        told = call([sys.executable, "-c", _BUILDER, samples, name, embedder.name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))
     found = json.loads(told.splitlines()[-1])
     marker = {"dataset": name, "count": found["count"], "samples": selection.samples, "table_sha256": selection.table_sha256}
     write_atomic(find_marker(settings, name), dump_json(marker))
     return View(Path(selection.samples).parent.name, name, **found)
 
-_BUILDER = "import sys; from cvops_wb.data.views import run_builder; run_builder(sys.argv[1], sys.argv[2])"
+_BUILDER = "import sys; from cvops_wb.data.views import run_builder; run_builder(*sys.argv[1:])"
 
-def run_builder(samples: str, name: str) -> None:
+def run_builder(samples: str, name: str, embedder: str = "") -> None:
     "Build a data set in the database that the environment names, and print what is in it; for a process of its own."
     settings, table = load_settings(), read_samples(samples)
     dataset = build_dataset(import_fiftyone(), name, list(describe_samples(table, _find_files(settings, table))))
+    if embedder and len(table) > 2: add_brain(dataset, embed_samples(list(table["id"]), _absent, SimpleNamespace(name=embedder), settings.cache/"embeddings"))
     print(json.dumps({"count": dataset.count(), "tags": dict(sorted(dataset.count_sample_tags().items()))}))
+
+def add_brain(dataset: Any, points: Any) -> None:
+    "The map `map` and the likeness `alike`, from points (N, D) in the samples' order."
+    import fiftyone.brain as brain
+    brain.compute_visualization(dataset, points=place_samples(points), brain_key="map", verbose=False)
+    brain.compute_similarity(dataset, embeddings=points, brain_key="alike")
+
+def _absent(id: str) -> bytes: raise BadInput("a sample was not embedded", got=id, fix="run `cvops curate` again")
+
+def open_map(out: Path) -> Any:
+    "The map that `index_samples` drew there."
+    from PIL import Image
+    with Image.open(out/"map.png") as picture: return picture.convert("RGB")
 
 def _no_fiftyone() -> MissingTool:
     return MissingTool("this step needs the package 'fiftyone', which is not installed", fix='pip install "cvops-wb[curate]"')
