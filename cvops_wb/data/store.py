@@ -33,6 +33,7 @@ from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .images import ImageFacts
 from .shards import AHEAD, Prepacker, find_packed
+from .versions.events import list_forgotten
 
 # %% ../../nbs/api/data/02_store.ipynb #46debf1c
 def write_samples(
@@ -104,6 +105,7 @@ class Store:
         self.root = (settings or load_settings()).store
         self.blobs, self.rejected, self.incoming = self.root/"blobs", self.root/"rejected", self.root/"incoming"
         self.packer: Prepacker | None = None    # a writer has one
+        self.forgotten: set[str] = set()        # images that were erased, and are refused
 
     @cached_property
     def journal(self) -> sqlite3.Connection:
@@ -185,6 +187,7 @@ def open_writer(
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
             with _explaining(store.root): _recover(store)
+            store.forgotten = list_forgotten(settings)
             store.packer = Prepacker(settings.cache/AHEAD, settings.data.min_free_mb*1e6)
             yield store
             store.packer.close()
