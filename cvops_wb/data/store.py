@@ -60,13 +60,14 @@ def read_samples(
     import pyarrow as pa
     import pyarrow.parquet as pq
     place = Path(path) if Path(path).is_absolute() else locate(str(path), settings.root if settings else None)
-    try: table = pq.read_table(place).to_pandas()
+    try: found = pq.read_table(place)
     except (OSError, pa.ArrowException) as e: raise BadRecord("a sample table cannot be read", got=f"{place}: {e}", fix="run the stage that writes it again with --force") from e
+    held = {name: found[name].to_pylist() for name, kind in SAMPLE_COLUMNS.items() if kind == "list" and name in found.column_names}
+    table = found.drop_columns(list(held)).to_pandas().assign(**held)
     table = table.assign(**{name: value for name, value in ADDED_COLUMNS.items() if name not in table})
     missing = [name for name in SAMPLE_COLUMNS if name not in table]
     if missing: raise BadRecord("a sample table lacks columns", got=", ".join(missing), fix="run the stage that writes it again with --force")
-    lists = {name: table[name].map(list) for name, kind in SAMPLE_COLUMNS.items() if kind == "list"}
-    return table.assign(**lists)[list(SAMPLE_COLUMNS)]
+    return table[list(SAMPLE_COLUMNS)]
 
 # %% ../../nbs/api/data/02_store.ipynb #1728da38
 @dataclass(frozen=True)
