@@ -14,7 +14,7 @@ import os
 import random
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -144,7 +144,7 @@ def train(
     out: Path,              # where model/, history.csv and curves.png go
 ) -> Candidate:
     "Learn from the split `train`, watch `val`, and write a model that is ready to be judged."
-    settings, begin = load_settings(), perf_counter()
+    settings, begin, cpu = load_settings(), perf_counter(), process_time()
     check_spec(spec)
     spec = complete(spec, snapshot)
     task, device = TASKS[spec.task](), choose_device(spec.device or settings.train.device)
@@ -156,7 +156,7 @@ def train(
         recipe = (teach if spec.task in LEARNERS else classify)(network, material, spec, history)
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
-                              {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin)
+                              {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin, process_time() - cpu)
         return replace(candidate, tracking=file_away(tracker, candidate, history, out))
 
 def classify(network: Any, material: "Material", spec: TrainSpec, history: History) -> FitSpec:
@@ -224,9 +224,10 @@ STATISTICS = ("brightness", "contrast", "sharpness", "entropy", "saturation", "w
 def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> tuple[dict[str, float], str]:
     "Export, prove, calibrate and write a model; returns its metrics on `val` and its identity."
     task, classes = material.task, material.classes
+    images, targets, held = material.exact.take(material.held["id"]), material.held_targets, material.held
+    if hasattr(task, "finish"): task.finish(network, run_session(open_session(to_onnx(network, spec.size, task.outputs)), images).logits, targets)
     onnx = to_onnx(network, spec.size, task.outputs)
     session = open_session(onnx)
-    images, targets, held = material.exact.take(material.held["id"]), material.held_targets, material.held
     parity = check_parity(network, session, images[:32 if spec.size < 300 else 4])
     outputs = run_session(session, images)
     temperature = task.calibrate(outputs.logits, targets, held, spec.size)
