@@ -336,6 +336,18 @@ def test_a_bomb_stops_at_its_ratio(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in (tmp_path/"out").rglob("*")) < 15_000_000
 
 
+def test_a_full_disk_is_no_bad_archive(tmp_path, workbench, monkeypatch):
+    import errno
+
+    from cvops_wb.core.errors import NoRoom
+    from cvops_wb.data.formats import archives
+    with zipfile.ZipFile(tmp_path/"a.zip", "w") as file: file.writestr("tea/1.jpg", b"tea")
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(archives, "_write", full)
+    with pytest.raises(NoRoom, match="disk is full"): archives.prepare_archive(str(tmp_path/"a.zip"))
+    assert not [p for p in (workbench.cache/"archives").rglob("*") if p.is_file()]
+
+
 def test_an_archive_that_is_cut_off_leaves_nothing(tmp_path, workbench):
     path = pack(tmp_path/"a.tar.gz", {f"tea/{k}.jpg": picture(k) for k in range(8)})
     path.write_bytes(path.read_bytes()[:path.stat().st_size//2])

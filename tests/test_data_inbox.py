@@ -30,7 +30,8 @@ from cvops_wb.data import (
 )
 from cvops_wb.data.inbox import Inbox, WatchSpec, watch_inbox
 from cvops_wb.data.inbox.refusals import draw_refusal
-from cvops_wb.data.store import Arrival, commit, open_writer, stage
+from cvops_wb.data.shards import pack_images
+from cvops_wb.data.store import Arrival, Store, commit, open_writer, read_blob, stage
 
 
 def make_photo(number: int, side: int = 32, taken: str = "", format: str = "JPEG") -> bytes:
@@ -176,6 +177,20 @@ def test_a_second_watch_takes_nothing_twice(scene):
     assert (again["taken"], again["new"], again["known"]) == (1, 0, 1)
 
 
+def test_a_look_does_not_read_what_is_known_already(scene, monkeypatch):
+    queries, read_all = [], Store.read_all
+    monkeypatch.setattr(Store, "read_all", lambda self, query, values=(): queries.append(query) or read_all(self, query, values))
+    for k in range(4):
+        scene.put(f"{k}.jpg", make_photo(k))
+        scene.settle()
+    assert sum(query == "select sha256 from samples" for query in queries) <= 1
+    with sqlite3.connect(scene.settings.store/"journal.sqlite") as journal:     # as another ingest would
+        journal.execute("insert into samples (sha256) values ('elsewhere')")
+    scene.put("5.jpg", make_photo(5))
+    scene.settle()
+    assert scene.inbox.known >= {"elsewhere", sha(make_photo(5))}
+
+
 def test_a_file_that_changes_while_it_is_read_is_not_taken(scene, monkeypatch):
     path, whole = scene.put("a.jpg", make_photo(1)), make_photo(2)
     scene.look()
@@ -261,6 +276,10 @@ def test_the_batch_is_what_was_acknowledged_also_when_the_files_are_gone(scene, 
     assert (batch.count, batch.rejected, batch.format) == (3, 0, "inbox")
     labelled = ingest(str(scene.folder), IngestSpec(format="inbox", label="leaf"), out)     # where sub-folders are classes
     assert labelled.classes == {"cam": 3}
+    names = [(path.name.partition(".")[0], path.suffix, path.stat().st_size) for path in (scene.settings.store/"blobs").rglob("*.jpg")]
+    pack_images(names, scene.settings.versioned/"shards", lambda sha256: read_blob(sha256, scene.settings))
+    shutil.rmtree(scene.settings.store/"blobs")     # as after `free_blobs`: the images stand in shards
+    assert ingest(str(scene.folder), spec, out).count == 3
     scene.put("cam/4.jpg", make_photo(4))
     scene.settle()
     assert fingerprint_source(str(scene.folder), spec) != first

@@ -13,6 +13,7 @@ from test_data_snapshots import make_bench, room, select
 
 from cvops_wb.core.errors import BadRecord, UnknownName
 from cvops_wb.core.settings import load_settings
+from cvops_wb.data import shards
 from cvops_wb.data.snapshots import SnapshotSpec, find_snapshot, open_snapshot, read_current, take_snapshot
 from cvops_wb.data.store import read_samples, write_samples
 from cvops_wb.data.versions import integrity, objects
@@ -46,11 +47,19 @@ def edit_some(table):
 
 
 @pytest.fixture(scope="module")
-def history(photos, tmp_path_factory):
-    "A workbench with two versions, both pushed."
+def history(photos, tmp_path_factory): yield from make_history(photos, tmp_path_factory.mktemp("history")/"bench")
+
+
+@pytest.fixture(scope="module")
+def crowd(photos, tmp_path_factory): yield from make_history(photos, tmp_path_factory.mktemp("crowd")/"bench", 25_000)
+
+
+def make_history(photos, root, most=shards.SHARD_BYTES):
+    "A workbench with two versions, both pushed; in one shard, or in as many as `most` bytes each make."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CVOPS_ROOT", "")
-        settings = make_bench(tmp_path_factory.mktemp("history")/"bench")
+        patch.setattr(shards, "SHARD_BYTES", most)
+        settings = make_bench(root)
         selection = select(settings, photos)
         first = take_snapshot(selection, SnapshotSpec("the first"), room(settings, "snapshot-1"))
         second = take_snapshot(change(settings, selection, "curate-2", edit_some), SnapshotSpec("the second"), room(settings, "snapshot-2"))
@@ -58,7 +67,14 @@ def history(photos, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(history, tmp_path, monkeypatch):
+def copy(history, tmp_path, monkeypatch): return copy_history(history, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def many(crowd, tmp_path, monkeypatch): return copy_history(crowd, tmp_path, monkeypatch)
+
+
+def copy_history(history, tmp_path, monkeypatch):
     "The same again, to be spoiled; links between data and cache kept as DVC made them."
     settings, first, second = history
     subprocess.run(["cp", "-a", settings.root, tmp_path/"bench"], check=True)
@@ -159,24 +175,27 @@ def spoil(path, chance, in_place=True):
 
 
 def campaign(settings, count, seed=0, places=("cache", "remote", "data")):
-    "So many random flips and cuts; returns how many were accepted: bytes that are not the version's, or damage that nobody named."
+    "So many random flips and cuts; returns how many were accepted: bytes that are not the version's, or damage whose file nobody named."
     chance, wanted, accepted = random.Random(seed), hashes(settings), 0
     good = settings.root.parent/"good"
     subprocess.run(["cp", "-a", settings.root, good], check=True)
     stores = {"cache": settings.root/".dvc"/"cache"/"files"/"md5", "remote": settings.root/".cvops"/"remote"/"files"/"md5"}
-    snapshot = find_snapshot()
+    snapshot, digest = find_snapshot(), objects.read_pointer(settings)
+    called = {md5: name for name, md5 in objects.read_listing(objects.Objects(settings, objects.Report()), digest).items()} | {digest: "the list of files"}
     for _ in range(count):
         spoiled = chance.sample(places, chance.choice((1, 1, 2)) if len(places) > 1 else 1)
         name = chance.choice(sorted(wanted))
         cold = "remote" in spoiled and chance.random() < .5     # a clone: no cache, no data
         if cold: shutil.rmtree(settings.versioned); shutil.rmtree(stores["cache"])
+        objects_spoiled = {}
         for place in spoiled:
             if place != "data": path = chance.choice(sorted(p for p in stores[place].rglob("*") if p.is_file())) if stores[place].is_dir() else None
             else: path = settings.versioned/name if (settings.versioned/name).exists() else None
             if path: spoil(path, chance)
+            if path: objects_spoiled[place] = name if place == "data" else called.get(path.parent.name + path.name, "")
         checkout = not cold and chance.random() < .5
         try: report = mend_version(settings, snapshot) if checkout else pull_data()
-        except BadRecord as error: accepted += not any(word in str(error) for word in ("damaged", "missing"))
+        except BadRecord as error: accepted += not any(name and f"{name} is {what}" in str(error) for name in objects_spoiled.values() for what in ("damaged", "missing"))
         except (KeyError, ValueError, TypeError): accepted += 1     # damaged bytes were read as if they were right
         else:
             now = hashes(settings)
@@ -184,6 +203,7 @@ def campaign(settings, count, seed=0, places=("cache", "remote", "data")):
             wrong = [n for n in wanted if n.startswith(kinds) and now.get(n) != wanted[n]]
             named = {d.name for d in report.damages}
             touched = {n for n in [name] if "data" in spoiled and n.startswith(("shards/", "samples/"))} if not cold else set()
+            if objects_spoiled.get("cache") and not checkout: touched.add(objects_spoiled["cache"])     # a pull reads every object of the version
             accepted += bool(wrong) or not touched <= named
         shutil.rmtree(settings.root)
         subprocess.run(["cp", "-a", good, settings.root], check=True)
@@ -191,15 +211,19 @@ def campaign(settings, count, seed=0, places=("cache", "remote", "data")):
     return accepted
 
 
-def test_no_flipped_bit_and_no_cut_is_accepted(copy):
-    assert campaign(copy[0], 1000 if FULL else 120) == 0
+@pytest.mark.parametrize("bench", ["copy", "many"])
+def test_no_flipped_bit_and_no_cut_is_accepted(bench, request):
+    settings, first, _ = request.getfixturevalue(bench)
+    assert (len(first.shards) == 1) if bench == "copy" else (len(first.shards) >= 6)
+    assert campaign(settings, 1000 if FULL else 40) == 0
 
 
-@pytest.mark.parametrize("planted", ["no hash of objects", "no hash of data"])
-def test_the_campaign_sees_a_planted_bug(copy, monkeypatch, planted):
+@pytest.mark.parametrize("planted", ["no hash of objects", "no hash of data", "no name"])
+def test_the_campaign_sees_a_planted_bug(many, monkeypatch, planted):
     if planted == "no hash of objects": monkeypatch.setattr(objects, "matches", lambda path, md5: path.is_file())
-    else: monkeypatch.setattr(integrity, "_judge", lambda path: "" if path.is_file() else "missing")
-    assert campaign(copy[0], 40) > 0
+    elif planted == "no hash of data": monkeypatch.setattr(integrity, "_judge", lambda path: "" if path.is_file() else "missing")
+    else: monkeypatch.setattr(integrity, "Damage", lambda place, name, *more: objects.Damage(place, "a file", *more))
+    assert campaign(many[0], 25) > 0
 
 
 @pytest.mark.parametrize("left", ["", "remote", "cache"])

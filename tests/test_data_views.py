@@ -131,6 +131,29 @@ def test_the_database_of_a_killed_process(shelf):
     assert not list_processes(str(settings.cache/"mongo"))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CVOPS_FULL"), reason="make test-full")
+def test_a_killed_mongod_loses_nothing(shelf):
+    "kill -9 of the database itself, right after a write: the next start has all data and the write."
+    settings, _, view = shelf
+    with open_fiftyone() as fiftyone:
+        dataset = fiftyone.load_dataset(view.dataset)
+        dataset.info["said"] = "before the kill"
+        dataset.save()
+        pids = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if is_mongod(path, settings)]
+        assert len(pids) == 1
+        os.kill(pids[0], signal.SIGKILL)
+    with open_fiftyone() as fiftyone:
+        again = fiftyone.load_dataset(view.dataset)
+        assert len(again) == view.count and again.info["said"] == "before the kill"
+
+
+def is_mongod(path, settings) -> bool:
+    try: words = path.read_bytes().split(b"\0")
+    except OSError: return False
+    return words[0].endswith(b"mongod") and str(settings.cache).encode() in b" ".join(words)
+
+
 def test_an_address_from_settings(workbench, monkeypatch):
     monkeypatch.setenv("CVOPS_FIFTYONE_DATABASE", "mongodb://db.example:27017")
     with open_database(load_settings()) as address: assert address == "mongodb://db.example:27017"

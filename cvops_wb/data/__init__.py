@@ -21,7 +21,7 @@ _rooms = {
     "find_snapshot": "snapshots", "SnapshotSpec": "snapshots", "SnapshotReader": "snapshots", "draw_snapshot": "snapshots",
     "list_versions": "versions", "compare_versions": "versions", "write_difference": "versions", "checkout_version": "versions", "pull_data": "versions",
     "write_card": "versions", "relabel": "versions", "undo_labels": "versions", "read_labels": "versions",
-    "forget": "versions", "back_up": "versions", "restore": "versions",
+    "forget": "versions", "resume_forgetting": "versions", "allow_again": "versions", "back_up": "versions", "restore": "versions",
     "Store": "store", "read_samples": "store", "write_samples": "store", "read_blob": "store", "list_samples": "store", "list_rejected": "store",
     "decode_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images",
     "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "hash_drawing": "synthesis", "TrafficSpec": "synthesis",

@@ -57,6 +57,7 @@ def look_at(
     except FileNotFoundError: return replace(arrival, reason="missing", detail="the source names a file that is not there")
     except OSError as e: return replace(arrival, reason="unreadable", detail=e.strerror or str(e))
     arrival = replace(arrival, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+    if arrival.sha256 in store.forgotten: return replace(arrival, reason="forgotten", detail="erased on request; `cvops forget --allow` with its hash lets it in again")
     if arrival.sha256 in known and store.holds(arrival.sha256, data): return arrival
     try: facts = inspect_image(data, settings.data.max_bytes, settings.data.max_megapixels)
     except BadImage as e: return replace(arrival, reason=e.reason, detail=_tell(e), staged=stage(store, data, arrival.sha256))

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +87,7 @@ def read_index(path: Path) -> dict[str, Place]:
     except (tarfile.TarError, ValueError, KeyError, TypeError) as e:
         raise BadRecord("a shard's table of contents is damaged", got=f"{path}: {e}", fix=_MEND) from e
     first = BLOCK + _pad(size)
-    return {sha256: Place(path, first + start, length, sha256) for sha256, _, start, length in contents}
+    return {sha256: tuple.__new__(Place, (path, first + start, length, sha256)) for sha256, _, start, length in contents}
 
 # %% ../../nbs/api/data/14_shards.ipynb #1ac62275
 SHARD_BYTES = 6_000_000
@@ -116,15 +116,15 @@ def pack_images(
     ahead: Path | None = None,                  # where an ingest has packed ahead
 ) -> dict[str, Place]:
     "See that all images stand in shards; where each of them is."
-    wanted = set(wanted)
+    wanted = {image[0]: image for image in wanted}
     for left in folder.glob(".*.part"): left.unlink()   # of a write that was killed
     known = index_shards(sorted(folder.glob("*.tar")))
-    if ahead: known |= adopt_shards(ahead, folder, {sha256 for sha256, _, _ in wanted}, known)
-    absent = sorted(image for image in wanted if image[0] not in known)
+    if ahead: known |= adopt_shards(ahead, folder, wanted.keys(), known)
+    absent = sorted(wanted[sha256] for sha256 in wanted.keys() - known.keys())
     with ThreadPoolExecutor(4) as pool:     # reading, hashing and waiting for the disk go on beside each other
         written = pool.map(lambda chunk: _write_shard(chunk, folder, read), _fill(absent, most))
         for path in show_progress(written, "pack", unit="shard") if absent else (): known.update(read_index(path))
-    return {sha256: known[sha256] for sha256, _, _ in wanted}
+    return {sha256: known[sha256] for sha256 in wanted}
 
 def list_shards(places: dict[str, Place]) -> list[str]:
     "The names of the shards that images stand in."
@@ -206,7 +206,7 @@ def _read(path: Path, sha256: str) -> bytes:
 def adopt_shards(
     ahead: Path,            # what was packed ahead
     folder: Path,           # the shards of the versions
-    wanted: set[str],       # hashes of the images of a version
+    wanted: Set[str],       # hashes of the images of a version
     known: dict[str, Place],
 ) -> dict[str, Place]:
     "Take those shards in that hold nothing but wanted images, at least one of them new; where their images stand."

@@ -33,6 +33,7 @@ from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .images import ImageFacts
 from .shards import AHEAD, Prepacker, find_packed
+from .versions.events import list_forgotten
 
 # %% ../../nbs/api/data/02_store.ipynb #46debf1c
 def write_samples(
@@ -59,13 +60,14 @@ def read_samples(
     import pyarrow as pa
     import pyarrow.parquet as pq
     place = Path(path) if Path(path).is_absolute() else locate(str(path), settings.root if settings else None)
-    try: table = pq.read_table(place).to_pandas()
+    try: found = pq.read_table(place)
     except (OSError, pa.ArrowException) as e: raise BadRecord("a sample table cannot be read", got=f"{place}: {e}", fix="run the stage that writes it again with --force") from e
+    held = {name: found[name].to_pylist() for name, kind in SAMPLE_COLUMNS.items() if kind == "list" and name in found.column_names}
+    table = found.drop_columns(list(held)).to_pandas().assign(**held)
     table = table.assign(**{name: value for name, value in ADDED_COLUMNS.items() if name not in table})
     missing = [name for name in SAMPLE_COLUMNS if name not in table]
     if missing: raise BadRecord("a sample table lacks columns", got=", ".join(missing), fix="run the stage that writes it again with --force")
-    lists = {name: table[name].map(list) for name, kind in SAMPLE_COLUMNS.items() if kind == "list"}
-    return table.assign(**lists)[list(SAMPLE_COLUMNS)]
+    return table[list(SAMPLE_COLUMNS)]
 
 # %% ../../nbs/api/data/02_store.ipynb #1728da38
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Store:
         self.root = (settings or load_settings()).store
         self.blobs, self.rejected, self.incoming = self.root/"blobs", self.root/"rejected", self.root/"incoming"
         self.packer: Prepacker | None = None    # a writer has one
+        self.forgotten: set[str] = set()        # images that were erased, and are refused
 
     @cached_property
     def journal(self) -> sqlite3.Connection:
@@ -185,6 +188,7 @@ def open_writer(
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
             with _explaining(store.root): _recover(store)
+            store.forgotten = list_forgotten(settings)
             store.packer = Prepacker(settings.cache/AHEAD, settings.data.min_free_mb*1e6)
             yield store
             store.packer.close()

@@ -126,18 +126,25 @@ def labels(json: Json = False) -> Reply:
 # %% ../../nbs/api/loop/12_keeping.ipynb #48a78c46
 @app.command(rich_help_panel=LOOK)
 def forget(
-    ids: Annotated[list[str], Argument(metavar="ID…", help="Ids of samples, or their beginnings.")],
+    ids: Annotated[list[str] | None, Argument(metavar="ID…", help="Ids of samples, or their beginnings.")] = None,
     history: Annotated[bool, Option("--history", help="Also from every older version, DVC's cache and the remote.")] = False,
+    reports: Annotated[bool, Option("--reports", help="Also pictures and pages of the runs that may show them.")] = False,
+    resume: Annotated[bool, Option("--resume", help="End an erasure that was broken off.")] = False,
+    allow: Annotated[bool, Option("--allow", help="Let images that were erased be ingested again, by their hashes.")] = False,
     json: Json = False, dry_run: Dry = False,
 ) -> Reply:
-    """Erase photographs, and leave a receipt.
+    """Erase photographs, and leave a receipt. The same bytes are refused from then on.
 
     \b
     cvops forget 3f2a91 --dry-run
-    cvops forget 3f2a91 --history
+    cvops forget 3f2a91 --history --reports
+    cvops forget --resume
+    cvops forget --allow 3f2a91
     """
-    from cvops_wb.data import find_snapshot, forget
-    receipt = forget(ids, history, dry_run)
+    from cvops_wb.data import allow_again, find_snapshot, forget, resume_forgetting
+    if not ids and not resume: raise WrongUsage("no image is named", got="no id", fix="cvops forget ID, or cvops forget --resume")
+    if allow: return Reply({"allowed": (found := ids if dry_run else allow_again(ids))}, f"may be ingested again: {', '.join(found)}")
+    receipt = resume_forgetting() if resume else forget(ids, history, dry_run, reports)
     if not dry_run and receipt.get("current"): adopt_snapshot(load_settings(), find_snapshot())
     rows = [f"  {name:<26} {value}" for name, value in receipt.items() if value not in ([], {}, "")]
     return Reply({"receipt": receipt}, "\n".join(["would erase:" if dry_run else "erased; the receipt stands in data/events/forgotten.jsonl", *rows]))

@@ -6,6 +6,7 @@
 __all__ = ['SUFFIXES', 'Entry', 'Caps', 'unpack', 'prepare_archive', 'enter_single', 'Archive', 'read_inside']
 
 # %% ../../../nbs/api/data/formats/20_archives.ipynb #5e1649b6
+import errno
 import os
 import shutil
 import tarfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
-from ...core.errors import BadInput
+from ...core.errors import BadInput, NoRoom
 from ...core.files import hash_value, human_size, join_within, write_atomic
 from ...core.settings import load_settings
 from . import Listing, find_format, formats
@@ -52,6 +53,8 @@ def unpack(
             if count > caps.files: raise _too_much(source, f"more than {caps.files:,} files")
             total += _write(name, opener, folder, min(caps.one, caps.bytes - total, max(int(packed*caps.ratio), _FREE) - total), source)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError, ValueError) as e:
+        if getattr(e, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+            raise NoRoom("the disk is full; nothing of the archive was kept", got=folder, fix="free some space (`cvops clean` empties the caches), or unpack it elsewhere and give the folder") from e
         raise BadInput("the archive cannot be unpacked", got=f"{source}: {e}", fix="pack it again, without a password, as zip or tar") from e
     return +skipped
 

@@ -7,9 +7,15 @@ __all__ = ['WatchedInbox']
 
 # %% ../../../nbs/api/data/formats/06_inbox.ipynb #df12b88e
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ...core.files import write_atomic
+from ...core.settings import Settings, load_settings
+from ..shards import find_packed
 from . import Item, Listing, formats
 from .folder import assign_labels
+
+if TYPE_CHECKING: from cvops_wb.data.store import Store
 
 # %% ../../../nbs/api/data/formats/06_inbox.ipynb #369f5eda
 @formats.register("inbox")
@@ -25,9 +31,17 @@ class WatchedInbox:
     def read(source: str, label: str = "") -> Listing:
         "Every image that the journal knows from this folder."
         from cvops_wb.data.store import Store
-        store = Store()
+        settings = load_settings()
+        store = Store(settings)
         rows = store.read_all("select name, sha256, ext from arrivals join samples using (sha256) where origin = ? order by name, sha256",
                               [str(Path(source).expanduser().resolve())])
-        items = [Item(row.name, store.blobs/row.sha256[:2]/f"{row.sha256}{row.ext}") for row in rows[["name", "sha256", "ext"]].itertuples(index=False, name="Row")]
+        items = [Item(row.name, _find(store, settings, row.sha256, row.ext)) for row in rows[["name", "sha256", "ext"]].itertuples(index=False, name="Row")]
         store.close()
         return Listing(assign_labels(items, label or "none"), "folder")
+
+def _find(store: "Store", settings: Settings, sha256: str, ext: str) -> Path:
+    "An image's blob, or a copy of it out of a shard where the blob was let go."
+    blob, copy = store.blobs/sha256[:2]/f"{sha256}{ext}", settings.cache/"unpacked"/f"{sha256}{ext}"
+    if blob.exists() or copy.exists(): return blob if blob.exists() else copy
+    packed = find_packed(settings.versioned/"shards", sha256)
+    return write_atomic(copy, packed.read(), durable=False) if packed else blob

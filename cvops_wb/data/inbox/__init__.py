@@ -78,6 +78,7 @@ class Inbox:
         self.files: dict[str, _File] = {}
         self.cameras: dict[str, Camera] = defaultdict(Camera)
         self.full = False
+        self.known: set[str] = set()
 
     def scan(self, acknowledge: Callable[[list[Arrival]], Any] = len) -> Sweep:
         "Look once. `acknowledge` is called with each chunk when it is durable."
@@ -90,6 +91,12 @@ class Inbox:
         sweep.waiting = sum(bool(file.half) for file in open_files)
         sweep.settling = len(open_files) - sweep.waiting
         return sweep
+
+    def remember(self, store: Store) -> set[str]:
+        "Hashes that the journal holds; read anew only when their number is not what it was."
+        if int(store.read_all("select count(*) as images from samples").images[0]) != len(self.known):
+            self.known = set(store.read_all("select sha256 from samples").sha256)
+        return self.known
 
     def _is_ready(self, item: Item, now: float) -> bool:
         signature, file = _sign(item.path), self.files.get(item.name)
@@ -107,7 +114,7 @@ class Inbox:
 def _take(inbox: Inbox, ready: list[Item], now: float, sweep: Sweep, acknowledge: Callable) -> None:
     try:
         with open_writer(inbox.settings) as store, ThreadPoolExecutor(2*len(os.sched_getaffinity(0))) as pool:
-            known = set(store.read_all("select sha256 from samples").sha256)
+            known = inbox.remember(store)
             for chunk in _chunks(ready, CHUNK):
                 looked = list(pool.map(lambda item: _look(inbox, store, item, now, known), chunk))
                 _commit(inbox, store, [arrival for arrival in looked if arrival], sweep, acknowledge)
@@ -131,6 +138,7 @@ def _describe(inbox: Inbox, arrival: Arrival, file: _File) -> Arrival:
 
 def _commit(inbox: Inbox, store: Store, arrivals: list[Arrival], sweep: Sweep, acknowledge: Callable) -> None:
     sweep.new += commit(store, str(inbox.folder), arrivals)
+    inbox.known.update(arrival.sha256 for arrival in arrivals if arrival.facts and not arrival.reason)
     acknowledge(arrivals)
     for arrival in arrivals: inbox.files[arrival.name].done = True
     sweep.taken += sum(not arrival.reason for arrival in arrivals)

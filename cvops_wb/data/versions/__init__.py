@@ -15,6 +15,6 @@ _rooms = {
     "check_status": "recording", "free_blobs": "packing", "loosen_blobs": "packing",
     "write_card": "datacards", "describe_snapshot": "datacards",
     "relabel": "corrections", "undo_labels": "corrections", "read_labels": "corrections",
-    "forget": "erasure", "back_up": "backups", "restore": "backups",
+    "forget": "erasure", "resume_forgetting": "erasure", "allow_again": "erasure", "back_up": "backups", "restore": "backups",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)
