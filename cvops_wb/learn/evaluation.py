@@ -115,7 +115,7 @@ def predict(
     table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **task.to_columns(scores, model.classes), "correct": correct,
                           "scores": task.pack(scores), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]],
                           "slices": name_slices(rows, outputs.embedding, fields),
-                          **{name: rows[name] for name in ("objects", "width", "height") if task.truth == "objects"}})
+                          **{name: rows[name] for name in ("objects", "width", "height") if task.truth != "label"}})
     return table, scores
 
 def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:

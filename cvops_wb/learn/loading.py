@@ -97,10 +97,11 @@ def take_split(
     table: pd.DataFrame,    # of samples
     split: str,             # train, val, test
     labelled: bool = True,  # leave out samples without a truth
-    truth: str = "label",   # the column that holds it
+    truth: str = "label",   # the column that holds it; any: label or objects
 ) -> pd.DataFrame:
     "The samples of a split; `BadInput` if there is none."
-    rows = table[(table["split"] == split) & ((table[truth] != "") | (not labelled))]
+    known = sum(table[name] != "" for name in (("label", "objects") if truth == "any" else (truth,))) > 0
+    rows = table[(table["split"] == split) & (known | (not labelled))]
     if len(rows): return rows.reset_index(drop=True)
     counts = table["split"].value_counts().to_dict()
     raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}",

@@ -224,9 +224,10 @@ STATISTICS = ("brightness", "contrast", "sharpness", "entropy", "saturation", "w
 def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> tuple[dict[str, float], str]:
     "Export, prove, calibrate and write a model; returns its metrics on `val` and its identity."
     task, classes = material.task, material.classes
+    images, targets, held = material.exact.take(material.held["id"]), material.held_targets, material.held
+    if hasattr(task, "finish"): task.finish(network, run_session(open_session(to_onnx(network, spec.size, task.outputs)), images).logits, targets)
     onnx = to_onnx(network, spec.size, task.outputs)
     session = open_session(onnx)
-    images, targets, held = material.exact.take(material.held["id"]), material.held_targets, material.held
     parity = check_parity(network, session, images[:32 if spec.size < 300 else 4])
     outputs = run_session(session, images)
     temperature = task.calibrate(outputs.logits, targets, held, spec.size)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Said', 'READERS', 'FIRST', 'open_session', 'count_threads', 'Answer', 'calibrate', 'spread', 'read_class',
-           'read_boxes', 'Classifier', 'open_onnx']
+           'read_boxes', 'read_labels', 'read_maps', 'Classifier', 'open_onnx']
 
 # %% ../../nbs/api/serve/02_inference.ipynb #7db15fc4
 import hashlib
@@ -90,8 +90,27 @@ def read_boxes(found: np.ndarray, model: VerifiedModel, width: int, height: int)
     doubt = float(-(p*np.log2(p) + (1 - p)*np.log2(1 - p)).mean()) if len(p) else 0.
     return told[0]["label"] if told else "nothing", float(found[0, 4]) if len(found) else 0., scores, doubt, {"objects": told}
 
-READERS = {"classification": read_class, "detection": read_boxes}
-FIRST = {"classification": "logits", "detection": "boxes"}     # the graph's first output
+def read_labels(logits: np.ndarray, model: VerifiedModel, width: int, height: int) -> Said:
+    "Any number of labels; confidence is that of the least sure yes or no."
+    scores = 1/(1 + np.exp(-np.clip(logits.astype(np.float64)/model.temperature, -60, 60)))
+    told = [name for name, score in zip(model.classes, scores) if score >= .5]
+    p = np.clip(scores, 1e-9, 1 - 1e-9)
+    doubt = float(-(p*np.log2(p) + (1 - p)*np.log2(1 - p)).mean())
+    return "|".join(told) or "nothing", float(np.maximum(p, 1 - p).min()), scores.astype(np.float32), doubt, {"labels": told}
+
+def read_maps(maps: np.ndarray, model: VerifiedModel, width: int, height: int) -> Said:
+    "A class for each pixel, (C, S, S) with the background first; the mask is told as run lengths, row by row, of the square."
+    mask = maps.argmax(0)
+    shares = np.bincount(mask.ravel(), minlength=len(maps))/mask.size
+    best = int(shares[1:].argmax())
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    ends = np.append(np.flatnonzero(np.diff(mask.ravel())), mask.size - 1)
+    runs = [[int(mask.ravel()[end]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=-1))]
+    label = model.classes[best] if shares[1 + best] > 0 else "nothing"
+    return label, float(shares[1 + best]), shares[1:].astype(np.float32), float(max(0., -(shares*logs).sum())/np.log(len(shares))), {"mask": {"size": mask.shape[0], "runs": runs}}
+
+READERS = {"classification": read_class, "detection": read_boxes, "multilabel": read_labels, "segmentation": read_maps}
+FIRST = {"classification": "logits", "detection": "boxes", "multilabel": "logits", "segmentation": "maps"}     # the graph's first output
 
 # %% ../../nbs/api/serve/02_inference.ipynb #cb3075ec
 class Classifier:
@@ -142,7 +161,8 @@ def open_onnx(model: VerifiedModel, threads: int) -> Any:
     broken = (ort.Fail, ort.InvalidArgument, ort.InvalidGraph, ort.InvalidProtobuf, ort.NotImplemented, ort.RuntimeException)
     try:
         session = open_session(model.onnx, threads)
-        found = session.run([FIRST[task], "embedding"], {"images": np.zeros((model.card.get("at_once", 2), size, size, 3), np.uint8)})
+        taken = session.get_inputs()[0].shape[0]    # some detectors take one image at a time
+        found = session.run([FIRST[task], "embedding"], {"images": np.zeros((taken if isinstance(taken, int) else 2, size, size, 3), np.uint8)})
     except (*broken, ValueError) as e: raise spoilt(path, f"ONNX Runtime does not run it: {str(e).splitlines()[0][:200]}") from e
     shapes, wanted = [part.shape for part in found], {"boxes": (None, 6), "logits": (count,), "maps": (count + 1, size, size)}[FIRST[task]]
     right = len(shapes[0]) == 1 + len(wanted) and all(want in (None, got) for got, want in zip(shapes[0][1:], wanted))

@@ -242,7 +242,9 @@ def _fields(**kinds: tuple[str, str]) -> dict[str, Any]:
 ANSWER = _fields(
     label=("string", "the class"), confidence=("number", "its probability, calibrated"), top=("array", "the five best, best first: label and score"),
     scores=("object", "every class and its probability; of a detector the surest box of each"),
-    objects=("array", "of a detector: label, score and box, x1 y1 x2 y2 in pixels of the image that was sent; the surest first"), version=("integer", "in the registry"),
+    objects=("array", "of a detector: label, score and box, x1 y1 x2 y2 in pixels of the image that was sent; the surest first"),
+    labels=("array", "where an image may bear several: those of one half or more"),
+    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"), version=("integer", "in the registry"),
     model=("string", "first 16 digits of the SHA-256 of its manifest"), request_id=("string", "find the answer in the log by it"),
     time=("string", "when the request came, ISO 8601, UTC"), latency_ms=("number", "in the service, milliseconds"))
 REFUSAL = _fields(error=("string", "what happened"), reason=("string", "the same as a code"), fix=("", "what to do, or null"),

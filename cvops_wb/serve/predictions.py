@@ -44,7 +44,7 @@ def to_row(answer: Answer, **request: Any) -> dict[str, Any]:
     "An answer and its request as a row of the log."
     return {"label": "", **request, "id": answer.id, "predicted": answer.label, "confidence": round(answer.confidence, 6),
             "entropy_of_scores": round(answer.entropy, 6), "scores": pack(answer.scores), "embedding": pack(answer.embedding), **answer.statistics,
-            **{name: json.dumps(value, separators=(",", ":"), ensure_ascii=False) for name, value in answer.more.items()}}
+            **{name: json.dumps(value, separators=(",", ":"), ensure_ascii=False) for name, value in answer.more.items() if name in COLUMNS}}
 
 def pack(vector: np.ndarray) -> str:
     "Base64 of float32, little-endian."
