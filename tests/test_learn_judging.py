@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from test_learn_registry import bench, put, train_toy  # noqa: F401 - bench is a fixture
 
 from cvops_wb.core.errors import BadModel, MetricMissing, WrongUsage
+from cvops_wb.core.processes import call
 from cvops_wb.core.records import Evaluation
 from cvops_wb.core.settings import Card, load_settings
 from cvops_wb.learn import comparison, slices
@@ -181,3 +183,22 @@ def test_a_version_is_made_again(tmp_path, photos, monkeypatch):
     path.unlink()
     path.write_text(json.dumps(facts | {"metrics": facts["metrics"] | {"accuracy": .123}}))
     assert call("reproduce", "1") == 3
+
+
+def test_no_photograph_is_versioned(bench, photos_at_hand):  # noqa: F811
+    settings, _ = bench
+    version = put(settings, rename(settings, train_toy(settings, "train-1", .004)))
+    out = settings.reports/"register-train-1.part"/"card"
+    assert {p.name for p in (settings.root/version.model/"card").iterdir()} == {"card.md", "card.html", "card.json", "slices.png"}
+    assert (out/"card.html").is_file() and (out/"slices.png").is_file()
+
+
+@pytest.mark.slow
+def test_mlflow_reads_signature_and_example(bench):  # noqa: F811
+    settings, _ = bench
+    version = put(settings, train_toy(settings, "train-1", .004))
+    text = ("import json; from mlflow.models import Model; m = Model.load({!r}); e = m.load_input_example({!r});"
+            "print(json.dumps([m.signature.inputs.to_dict(), m.signature.outputs.to_dict(), [1, 8, 8, 3]]))")
+    folder = str(settings.root/version.model)
+    told = json.loads(call([sys.executable, "-W", "ignore", "-c", text.format(folder, folder)], "look into MLflow").splitlines()[-1])
+    assert told[0][0]["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 8, 8, 3]} and [o["name"] for o in told[1]] == ["logits", "embedding"]

@@ -9,7 +9,15 @@ import pytest
 from cvops_wb.core.errors import MetricMissing
 from cvops_wb.core.records import Evaluation, parse_record
 from cvops_wb.core.settings import Gate
-from cvops_wb.learn.gates import compare, compare_slices, find_power, judge, rule_champion, rule_no_slice_worse, rule_slices_held
+from cvops_wb.learn.gates import (
+    compare,
+    compare_slices,
+    find_power,
+    judge,
+    rule_champion,
+    rule_no_slice_worse,
+    rule_slices_held,
+)
 from cvops_wb.learn.slices import list_slices, measure_slices, name_slices, rank_slices, read_wilson
 from cvops_wb.learn.tasks import TASKS
 

@@ -45,6 +45,7 @@ class Train:
     device: str = "auto"        # auto, cpu, cuda
     threads: int = 0            # of torch; 0: all cores
 
+# %% ../../nbs/api/core/03_settings.ipynb #gatecard
 @dataclass(frozen=True)
 class Gate:
     min_samples: int = 20               # a verdict on fewer test images is refused
@@ -67,6 +68,7 @@ class Card:
     watts: float = 10.          # of one busy processor core
     carbon: float = 400.        # grams of CO2 a kilowatt-hour
 
+# %% ../../nbs/api/core/03_settings.ipynb #restsecs
 @dataclass(frozen=True)
 class Tracking:
     uri: str = ""               # MLflow's address; empty: SQLite in the cache

@@ -130,10 +130,16 @@ _TITLES = {"slices": "By slice", "weak": "Errors on the weakest slices", "errors
 _STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse;font-size:13px}"
           "td,th{border-bottom:1px solid #d0d7de;padding:.2rem .6rem;text-align:left;overflow-wrap:anywhere}h2{margin-top:2rem}code{background:#f6f8fa;padding:.2em .4em}</style>")
 
-def write_model_card(settings: Settings, version: ModelVersion, evaluation: Evaluation) -> Path:
-    "`card.md`, `card.html`, `card.json` and pictures beside the version's files; returns the HTML page."
-    folder, facts = settings.root/version.model/"card", gather_facts(settings, version, evaluation)
-    pictures = draw_pictures(evaluation)
+def write_model_card(
+    settings: Settings,
+    version: ModelVersion,
+    evaluation: Evaluation,
+    folder: Path,           # where it goes
+    photos: bool = True,    # with galleries; not in what is versioned: `cvops forget` would not find them there
+) -> Path:
+    "`card.md`, `card.html`, `card.json` and pictures; returns the HTML page."
+    facts = gather_facts(settings, version, evaluation)
+    pictures = draw_pictures(evaluation) if photos else {"slices": draw_slices(evaluation)}
     for name, picture in pictures.items(): write_atomic(folder/f"{name}.png", to_png(picture), durable=False)
     write_atomic(folder/"card.json", dump_json(facts), durable=False)
     write_atomic(folder/"card.md", to_markdown(facts, list(pictures)), durable=False)

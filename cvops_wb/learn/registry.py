@@ -36,7 +36,7 @@ from .exporting import read_model
 from .gates import Comparison, compare, compare_slices, judge
 from .loading import open_split
 from .tasks import TASKS
-from .tracking import mirror_versions, open_client, tracked
+from .tracking import mirror_versions, open_client, tracked, write_signature
 
 # %% ../../nbs/api/learn/11_registry.ipynb #7b056c0a
 Event = dict[str, Any]
@@ -136,7 +136,7 @@ def register(
     read_model(locate(evaluation.model, settings.root), evaluation.manifest_sha256)
     with tracked(settings, evaluation.candidate, enabled=spec.track) as tracker:
         with locked(settings): version = _find_known(settings, name, evaluation) or _decide(settings, name, evaluation, spec.by or who())
-        if version.passed: _describe(settings, version, evaluation)
+        if version.passed: _describe(settings, version, evaluation, out)
         _version_data(f"{name} version {version.version}: {version.alias}" if version.passed else f"{name}: a candidate was refused", spec.push)
         tracker.describe({}, {"cvops.verdict": f"version {version.version}" if version.passed else "refused"})
         tracker.add(lambda client, run: mirror_registry(client, settings, name))
@@ -155,10 +155,12 @@ def who() -> str:
     try: return getpass.getuser()
     except (OSError, KeyError): return "unknown"    # a container may have a user without a name
 
-def _describe(settings: Settings, version: ModelVersion, evaluation: Evaluation) -> None:
-    if (settings.root/version.model/"card"/"card.html").is_file(): return
+def _describe(settings: Settings, version: ModelVersion, evaluation: Evaluation, out: Path) -> None:
     from cvops_wb.learn.modelcards import write_model_card
-    write_model_card(settings, version, evaluation)
+    write_model_card(settings, version, evaluation, out/"card")
+    folder = settings.root/version.model
+    if not (folder/"card"/"card.html").is_file(): write_model_card(settings, version, evaluation, folder/"card", photos=False)
+    if not (folder/"MLmodel").is_file(): write_signature(folder, read_model(folder).card)
 
 def _version_data(message: str, push: bool) -> str:
     from cvops_wb.data import version_data

@@ -193,14 +193,21 @@ def _watch(source: str, once: bool, options: dict[str, Any]) -> dict[str, Any]:
 def curate(
     split: Annotated[str | None, typer.Option(help="given: as the source has it; grouped: leak-free; auto: given where there is one.")] = None,
     app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on the samples.")] = False,
+    leaks: Annotated[bool, typer.Option("--leaks", help="What stands on two sides of the split, with pictures; of the newest selection.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """Duplicates, odd images, a leak-free split; the samples in FiftyOne.
 
     \b
     cvops curate --split grouped --app
+    cvops curate --leaks            what a split that others made lets through
     """
     reply = run_stages({"curate": {"split": split}, "explore": {}}, set, force, dry_run)
+    if leaks and not dry_run and reply.code == 0:
+        from cvops_wb.core.records import parse_record
+        from cvops_wb.data import report_leaks
+        found, text = report_leaks(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "curate")))
+        reply = Reply({**reply.document, "leaks": found}, f"{reply.text}\n{text}".strip())
     if app and not dry_run and reply.code == 0:
         from cvops_wb.core.records import parse_record
         from cvops_wb.data import open_app

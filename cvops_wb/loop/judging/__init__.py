@@ -56,7 +56,7 @@ def compare(
     split: Annotated[str, Option(help="test, val; else that of the first evaluation named.")] = "",
     json: Json = False, dry_run: Dry = False, force: Force = False,
 ) -> Reply:
-    """Models against each other on the same images: paired tests, slices, curves, disagreements.
+    """Models against each other: paired tests, slices, curves, disagreements.
 
     \b
     cvops compare champion train-3f2a
@@ -83,7 +83,7 @@ def models(
     name: Annotated[str, Argument(metavar="NAME", help="Of the model; else all of them.")] = "",
     json: Json = False,
 ) -> Reply:
-    """The registered versions: alias, metric, verdict, where each comes from."""
+    """The registered versions: alias, metric, and where each comes from."""
     from cvops_wb.learn import read_events, read_registry
     settings = load_settings()
     events = read_events(settings)
@@ -133,7 +133,7 @@ def reproduce(
     version: Annotated[str, Argument(metavar="VERSION", help="A number, `champion`, or NAME:NUMBER.")] = "champion",
     json: Json = False, dry_run: Dry = False,
 ) -> Reply:
-    """Train a version again from its card, and compare the metrics (exit status 3 if they differ)."""
+    """Train a version again from its card; exit status 3 if its metrics differ."""
     from cvops_wb.learn import find_version, read_model_card
     name, _, number = version.rpartition(":")
     found = find_version(number, name)
