@@ -1591,6 +1591,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                        'cvops_wb/learn/learners/multilabel.py')},
             'cvops_wb.learn.learners.segmentation': { 'cvops_wb.learn.learners.segmentation.SegmentationLearner': ( 'api/learn/learners/segmentation.html#segmentationlearner',
                                                                                                                     'cvops_wb/learn/learners/segmentation.py'),
+                                                      'cvops_wb.learn.learners.segmentation.SegmentationLearner.__init__': ( 'api/learn/learners/segmentation.html#segmentationlearner.__init__',
+                                                                                                                             'cvops_wb/learn/learners/segmentation.py'),
                                                       'cvops_wb.learn.learners.segmentation.SegmentationLearner.ask': ( 'api/learn/learners/segmentation.html#segmentationlearner.ask',
                                                                                                                         'cvops_wb/learn/learners/segmentation.py'),
                                                       'cvops_wb.learn.learners.segmentation.SegmentationLearner.loss': ( 'api/learn/learners/segmentation.html#segmentationlearner.loss',

@@ -13,8 +13,7 @@ from cvops_wb.core.errors import BadInput, WrongUsage
 from cvops_wb.learn.exporting import check_parity, open_session, run_session, to_onnx
 from cvops_wb.learn.learners import LEARNERS, LearnSpec, learn
 from cvops_wb.learn.loading import Pixels
-from cvops_wb.learn.networks import build_network
-from cvops_wb.learn.networks import heatmap
+from cvops_wb.learn.networks import build_network, heatmap
 from cvops_wb.learn.tasks import TASKS, check_labels, choose_task
 from cvops_wb.learn.tasks.boxes import average_precision, match_class
 from cvops_wb.learn.tasks.detection import measure, to_image
@@ -62,7 +61,7 @@ def test_weights_are_repetition():
     "An image that was drawn twice counts as two."
     scores, targets = imagine(5)
     weights = np.random.default_rng(0).integers(0, 3, (4, len(targets)))
-    for row, *got in zip(weights, *(measure(scores, targets, weights)[name] for name in ("map33", "f1", "recall"))):
+    for row, *got in zip(weights, *(measure(scores, targets, weights)[name] for name in ("map33", "f1", "recall")), strict=True):
         several = [k for k, often in enumerate(row) for _ in range(often)]
         wanted = measure([scores[k] for k in several], [targets[k] for k in several])
         assert got == pytest.approx([wanted[name][0] for name in ("map33", "f1", "recall")])
@@ -123,14 +122,14 @@ def teach(name: str, network: str, epochs: int) -> tuple[float, object, object]:
     return float(task.measure(scores, material.held_targets)[task.main_metric][0]), made, material
 
 
-@pytest.mark.parametrize("name, network, epochs, least", [("detection", "heatmap:8", 16, .6), ("segmentation", "encoder_decoder:8", 8, .6), ("multilabel", "small_resnet:8", 16, .85)])
+@pytest.mark.parametrize("name, network, epochs, least", [("detection", "heatmap:8", 16, .6), ("segmentation", "encoder_decoder:8", 15, .6), ("multilabel", "small_resnet:8", 16, .85)])
 def test_a_planted_truth_is_learnt(name, network, epochs, least): assert teach(name, network, epochs)[0] > least
 
 
 def test_a_broken_decoding_shows(monkeypatch):
     "Boxes that are read with x and y confused find nothing, whatever was learnt."
     right = heatmap.to_boxes
-    monkeypatch.setattr(heatmap, "to_boxes", lambda raw: right(raw).transpose(-1, -2)[:, [1, 0, 3, 2]] if not torch.is_grad_enabled() else right(raw))
+    monkeypatch.setattr(heatmap, "to_boxes", lambda raw: right(raw)[:, [1, 0, 3, 2]] if not torch.is_grad_enabled() else right(raw))
     assert teach("detection", "heatmap:8", 16)[0] < .3
 
 

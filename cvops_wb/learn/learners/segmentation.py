@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['mask_loss', 'SegmentationLearner']
 
-# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #e373b6d8
+# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #6a7a8c57
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..fitting import half_precision
-from . import LEARNERS, Learner, choose_cut
+from . import LEARNERS, Learner, LearnSpec, choose_cut
 
-# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #c56d9612
+# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #360f18e3
 def mask_loss(
     maps: Tensor,       # (N, C, H, W)
     masks: Tensor,      # (N, H, W) class indices
@@ -29,10 +30,13 @@ def mask_loss(
     there = hot.sum((0, 2, 3)) > 0
     return functional.cross_entropy(maps, masks) + (1 - 2*both/sum_.clamp(min=1))[there].mean()
 
-# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #7fa9149b
+# %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #b0690010
 @LEARNERS.register("segmentation")
 class SegmentationLearner(Learner):
-    "A class for each pixel."
+    "A class for each pixel; the last layer starts at nothing and has to move ten times as far as a detector's, whose biases start near the truth."
+
+    def __init__(self, network: nn.Module, material: Any, spec: LearnSpec):
+        super().__init__(network, material, replace(spec, rest_lr=10*spec.rest_lr))
 
     def loss(self, index: Tensor, progress: float) -> Tensor:
         "Of a batch."
