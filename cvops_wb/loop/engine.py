@@ -164,7 +164,7 @@ def run_notebook(task: Task) -> None:
             papermill.execute_notebook(str(task.notebook), None, parameters=task.parameters, engine_name="cvops",
                                        kernel_name="python3", language="python", progress_bar=False, task=task)
     except papermill.PapermillExecutionError as e: raise _save_failure(task, explain_cell(task, e.exec_count, e.ename, e.evalue)) from None
-    except RuntimeError as e: raise _save_failure(task, explain_death(task, e), task.cell) from e   # nbclient's DeadKernelError
+    except RuntimeError as e: raise _save_failure(task, explain_death(task, e)) from e   # nbclient's DeadKernelError
     finally:
         end_family(task.mark)
         task.brake.tasks.discard(task)
@@ -176,10 +176,12 @@ def _watched(task: Task) -> Watch:
     task.watch = Watch(task.out, task.mark, lambda: end_family(task.mark, task.pid), limits.time_limit if limits else 0., limits.memory_limit if limits else 0.)
     return task.watch
 
-def _save_failure(task: Task, error: CvopsError, cell: int = 0) -> CvopsError:
+def _save_failure(task: Task, error: CvopsError) -> CvopsError:
     # What the watch has ended, it has ended for its own reason, whatever the cells say to it.
-    if task.saver and (cell or task.watch.reason): mark_unfinished(task.saver.manager.nb, task.cell)
-    if task.saver: task.saver.save()
+    if task.saver:
+        notebook = task.saver.manager.nb    # papermill has put cells in before the one that failed
+        mark_unfinished(notebook, task.cell + len(notebook.cells) - task.cells)
+        task.saver.save()
     return task.watch.reason or error
 
 def warm(task: Task) -> None:
