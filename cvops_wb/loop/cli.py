@@ -444,3 +444,4 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import keeping   # noqa: F401 - imported for what it registers
+from .sweeps import command   # noqa: F401
