@@ -48,7 +48,7 @@ def run_papermill(stage: str, counts: list[int]) -> Path:
     notebook, out = next(Path("nbs/runs").glob(f"*_{stage}.ipynb")), Path("papermill.ipynb")
     for count in counts:
         shutil.rmtree("reports/peer", ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "papermill", notebook, out, "-p", "count", str(count), "-p", "out", "reports/peer", "--no-progress-bar", "-k", "python3"],
+        subprocess.run([sys.executable, "-m", "papermill", notebook, out, "-y", json.dumps(all_parameters(stage, count)), "--no-progress-bar", "-k", "python3"],
                        check=True, capture_output=True, env=with_context(stage, count))
     return out
 
@@ -60,7 +60,7 @@ def run_inside(stage: str, counts: list[int]) -> Path:
     for count in counts:
         os.environ["CVOPS_CONTEXT"] = with_context(stage, count)["CVOPS_CONTEXT"]
         shutil.rmtree("reports/peer", ignore_errors=True)
-        papermill.execute_notebook(str(notebook), str(out), {"count": count, "out": "reports/peer"}, progress_bar=False, kernel_name="python3")
+        papermill.execute_notebook(str(notebook), str(out), all_parameters(stage, count), progress_bar=False, kernel_name="python3")
     os.environ.pop("CVOPS_CONTEXT")
     return out
 
@@ -73,9 +73,16 @@ def run_nbclient(stage: str, counts: list[int]) -> Path:
     for count in counts:
         shutil.rmtree("reports/peer", ignore_errors=True)
         node = load_notebook_node(str(next(Path("nbs/runs").glob(f"*_{stage}.ipynb"))))
-        nbformat.write(parameterize_notebook(node, {"count": count, "out": "reports/peer"}), "nbclient.ipynb")
+        nbformat.write(parameterize_notebook(node, all_parameters(stage, count)), "nbclient.ipynb")
         subprocess.run([sys.executable, "-m", "jupyter", "execute", "--inplace", "nbclient.ipynb"], check=True, capture_output=True, env=with_context(stage, count))
     return Path("nbclient.ipynb")
+
+
+def all_parameters(stage: str, count: int) -> dict:
+    "Every parameter, as our runner gives them."
+    from cvops_wb.core.settings import load_settings
+    from cvops_wb.loop.runner import prepare_run
+    return {**prepare_run(load_settings(), stage, {"count": count}).parameters, "out": "reports/peer"}
 
 
 def with_context(stage: str, count: int) -> dict[str, str]:

@@ -142,12 +142,12 @@ def run_sweep(
     width: int = 0,                                         # at once; 0: as many as there is room for
     report: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
-    "Try until there are as many trials as wanted; a fifth of them may fail."
+    "Try until there are as many trials as wanted; as many may fail on the way."
     brake, lock, width = Brake(), threading.Lock(), width or measure_width()
     with claimed(sweep.settings, sweep.id, lambda: report("waiting for another process that makes the same sweep")):
         again = requeue(sweep.study)
         if again: report(f"{again} trials of a killed sweep are tried again")
-        left = [trials - count_done(sweep.study), max(3, trials//5)]     # to do; failures to bear
+        left = [trials - count_done(sweep.study), max(3, trials)]     # to do; failures to bear
         with ThreadPoolExecutor(width) as pool:
             try: list(pool.map(partial(_work, sweep, left, lock, report), [brake]*width))
             except BaseException:
