@@ -2,10 +2,7 @@
 import json
 import os
 import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,10 +10,9 @@ from loop_bench import write_ingest
 from test_loop_runs import CLI, alone, folders, processes_of, start_slow  # noqa: F401
 
 from cvops_wb.core.errors import CvopsError, UnknownName
-from cvops_wb.core.settings import load_settings
 from cvops_wb.loop import run_stage
 from cvops_wb.loop.kernels import KEEPERS, close_kernels, find_keeper
-from cvops_wb.loop.kernels.watching import NOTE, Cancelled, DeadKernel, OutOfMemory, TimedOut, cancel_run, list_running
+from cvops_wb.loop.kernels.watching import NOTE, DeadKernel, OutOfMemory, TimedOut, cancel_run, list_running
 
 LEAVE = "import json\nfrom pathlib import Path\ndef leave(fact):\n    with open('facts', 'a') as file: file.write(json.dumps(fact) + chr(10))\n"
 

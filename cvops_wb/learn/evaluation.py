@@ -84,9 +84,9 @@ def evaluate(
     "Score a candidate's ONNX file on a split: metrics, intervals, classes, and each single prediction."
     settings, run = load_settings(), Path(candidate.model).parent.name
     model = read_model(locate(candidate.model, settings.root), candidate.manifest_sha256)
-    rows, pixels, split = open_split(settings, spec.snapshot or candidate.snapshot, spec.split, model.size)
+    task = TASKS[candidate.task]()
+    rows, pixels, split = open_split(settings, spec.snapshot or candidate.snapshot, spec.split, model.size, task.truth)
     with tracked(settings, run, enabled=spec.track) as tracker:
-        task = TASKS[candidate.task]()
         table, scores = predict(task, model, rows, pixels)
         metrics, intervals, classes = measure_all(task, model, table, scores, spec)
         metrics |= {"latency_ms": time_model(model, pixels.take(rows["id"][:20])), "size_mb": len(model.onnx)/1e6}
@@ -99,16 +99,18 @@ def evaluate(
 # %% ../../nbs/api/learn/08_evaluation.ipynb #20bc8f1c
 def predict(task: Any, model: Model, rows: pd.DataFrame, pixels: Pixels) -> tuple[pd.DataFrame, np.ndarray]:
     "What a model says of samples: a table (id, label, predicted, confidence, scores, …) and the scores (N, K)."
-    scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature)
-    columns = task.to_columns(scores, model.classes)
-    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **columns, "correct": columns["predicted"] == rows["label"].to_numpy(),
-                          "scores": list(scores.astype(np.float32)), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]]})
+    scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature, rows, model.size)
+    correct = task.rate(scores, task.to_targets(rows, model.classes, model.size))
+    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **task.to_columns(scores, model.classes), "correct": correct,
+                          "scores": task.pack(scores), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]],
+                          **{name: rows[name] for name in ("objects", "width", "height") if task.truth == "objects"}})
     return table, scores
 
 def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     "The main metric on samples that have no near duplicate in `train` (those without the tag `leak`), and their count."
     free = ~table["leak"].to_numpy(bool)
-    value = {f"{task.main_metric}_unleaked": float(task.measure(scores[free], targets[free])[task.main_metric][0])} if free.any() else {}
+    kept = [values[free] if isinstance(values, np.ndarray) else [v for v, on in zip(values, free) if on] for values in (scores, targets)]
+    value = {f"{task.main_metric}_unleaked": float(task.measure(*kept)[task.main_metric][0])} if free.any() else {}
     return {**value, "count_unleaked": float(free.sum())}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #5f8e6b3c
@@ -120,7 +122,7 @@ def measure_all(
     spec: EvaluateSpec,
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, dict[str, float]]]:
     "Metrics, their intervals, and the numbers of each class."
-    targets = task.to_targets(table["label"], model.classes)
+    targets = task.to_targets(table, model.classes, model.size)
     metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items()}
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
@@ -192,11 +194,11 @@ def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
 
 def draw_errors(evaluation: Evaluation, most: int = 24) -> Any:
     "The photographs on which the model is wrong and most sure of it; prediction before label."
-    table = read_scores(evaluation).query("not correct").sort_values("confidence", ascending=False, kind="stable").head(most)
+    table = read_scores(evaluation).query("correct < 1").sort_values("confidence", ascending=False, kind="stable").head(most)
     if table.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], [f"no error in {evaluation.count:,} images"], side=240)
     captions = [f"{row.predicted}\nnot {row.label}" for row in table.itertuples()]
     return draw_grid(read_photos(load_settings(), evaluation.snapshot, table["id"]), captions, columns=6, side=132)
 
 def _say(evaluation: Evaluation, metric: str) -> str:
     low, high = evaluation.intervals.get(metric, (float("nan"),)*2)
-    return f"{evaluation.metrics[metric]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{evaluation.metrics.get(metric, float('nan')):.3f} [{low:.3f}, {high:.3f}]"

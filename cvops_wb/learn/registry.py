@@ -189,8 +189,9 @@ def _refuse(settings: Settings, verdict: ModelVersion, by: str) -> ModelVersion:
 def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> Comparison | MetricMissing:
     "Ask the champion's file about the images that the candidate was evaluated on."
     model = read_model(settings.root/champion.model, champion.manifest_sha256)
-    rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size)
-    table, _ = predict(TASKS[model.card["task"]](), model, rows, pixels)
+    task = TASKS[model.card["task"]]()
+    rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size, task.truth)
+    table, _ = predict(task, model, rows, pixels)
     try: return compare(read_scores(evaluation), table, champion.version)
     except MetricMissing as e: return e     # a rule answers for it
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
-           'Grouped', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show', 'init', 'demo',
-           'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor',
-           'dashboard', 'run', 'cancel', 'lab', 'export', 'status', 'lineage', 'doctor', 'clean']
+           'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
+           'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export', 'status', 'lineage', 'doctor', 'clean']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -52,6 +52,12 @@ A folder of images in; a monitored, continuously improving model service out.
 
 Each step is a notebook in nbs/runs/; its executed copy, its pictures and a record.json land in reports/. What has not changed is reused.
 """, epilog="Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused by the gate. Every command takes --json; `cvops COMMAND --help` shows examples.")
+
+def add_group(name: str, help: str, panel: str) -> typer.Typer:
+    "Commands of commands."
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=help, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 116})
+    app.add_typer(group, name=name, rich_help_panel=panel)
+    return group
 
 Argument, Option = typer.Argument, typer.Option
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -443,5 +449,5 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import keeping   # noqa: F401 - imported for what it registers
+from . import keeping, releasing   # noqa: F401 - imported for what it registers
 from .sweeps import command   # noqa: F401

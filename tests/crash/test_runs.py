@@ -167,19 +167,17 @@ def test_too_little_memory(bench, monkeypatch):
 
 def test_a_full_disk(bench, tmp_path):
     settings, earlier, wanted = bench
-    small = tmp_path/"small"
-    small.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(small)], capture_output=True, text=True)
+    shutil.move(settings.reports, tmp_path/"aside")
+    settings.reports.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(settings.reports)], capture_output=True, text=True)
     if done.returncode: pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
     try:
-        shutil.copytree(settings.reports/earlier.run, small/earlier.run)
-        shutil.rmtree(settings.reports)
-        settings.reports.symlink_to(small)
+        shutil.copytree(tmp_path/"aside"/earlier.run, settings.reports/earlier.run)
         with pytest.raises(CvopsError, match="disk is full"): run_stage("ingest", {"count": 7})
         close_kernels()
         assert find_faults(settings, earlier) == []
-        subprocess.run(["mount", "-o", "remount,size=9000k", str(small)], check=True)
+        subprocess.run(["mount", "-o", "remount,size=9000k", str(settings.reports)], check=True)
         assert run_stage("ingest", {"count": 7}).envelope.outputs == wanted.outputs
     finally:
         close_kernels()
-        subprocess.run(["umount", "-l", str(small)], check=True)
+        subprocess.run(["umount", "-l", str(settings.reports)], check=True)
