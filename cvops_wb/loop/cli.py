@@ -450,4 +450,4 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import keeping, releasing   # noqa: F401 - imported for what it registers
-from .sweeps import command   # noqa: F401
+from .sweeps import commands   # noqa: F401

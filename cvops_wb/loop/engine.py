@@ -184,6 +184,7 @@ def _save_failure(task: Task, error: CvopsError) -> CvopsError:
         task.saver.save()
     return task.watch.reason or error
 
+# %% ../../nbs/api/loop/04_engine.ipynb #split015
 def warm(task: Task) -> None:
     "Have the task's manager take a fork of the nursery instead of a new process."
     from jupyter_client.provisioning import LocalProvisioner
@@ -199,6 +200,7 @@ def warm(task: Task) -> None:
     task.manager.provisioner = Warm(kernel_id=task.mark, kernel_spec=task.manager.kernel_spec, parent=task.manager)
     task.manager.client_factory = _prompt_client()
 
+# %% ../../nbs/api/loop/04_engine.ipynb #272099b7
 @cache
 def _prompt_client() -> type:
     # Jupyter's client listens for 0.2 s of silence before its first word; this one goes on as soon as the kernel was heard on both channels.
@@ -224,6 +226,7 @@ def _prompt_client() -> type:
 def _is_idle(message: dict[str, Any], greeting: str) -> bool:
     return message["parent_header"].get("msg_id") == greeting and message["content"].get("execution_state") == "idle"
 
+# %% ../../nbs/api/loop/04_engine.ipynb #split016
 def drive(notebook: Any, task: Task, channel: str) -> None:
     "Start a kernel that listens on sockets in the folder `channel`, and run papermill's cells in it."
     from jupyter_client.kernelspec import KernelSpec
