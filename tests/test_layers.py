@@ -13,7 +13,7 @@ OWNERS = {
     "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
     "bentoml": {"serve"}, "starlette": {"serve"}, "prometheus_client": {"serve"}, "onnxruntime": {"learn", "serve"},
     "evidently": {"watch"}, "whylogs": {"watch"}, "ipywidgets": {"watch"}, "voila": {"watch"},
-    "papermill": {"loop"}, "nbconvert": {"loop"}, "typer": {"loop"}, "ray": {"loop"}, "dagster_pipes": {"loop"},
+    "papermill": {"loop"}, "optuna": {"loop"}, "nbconvert": {"loop"}, "typer": {"loop"}, "ray": {"loop"}, "dagster_pipes": {"loop"},
 }
 # Vendors heavy enough that one room alone may import them.
 ONE_ROOM = {"fiftyone", "mlflow", "bentoml", "evidently", "papermill", "typer", "dvc"}

@@ -164,7 +164,7 @@ def run_notebook(task: Task) -> None:
             papermill.execute_notebook(str(task.notebook), None, parameters=task.parameters, engine_name="cvops",
                                        kernel_name="python3", language="python", progress_bar=False, task=task)
     except papermill.PapermillExecutionError as e: raise _save_failure(task, explain_cell(task, e.exec_count, e.ename, e.evalue)) from None
-    except RuntimeError as e: raise _save_failure(task, explain_death(task, e), task.cell) from e   # nbclient's DeadKernelError
+    except RuntimeError as e: raise _save_failure(task, explain_death(task, e)) from e   # nbclient's DeadKernelError
     finally:
         end_family(task.mark)
         task.brake.tasks.discard(task)
@@ -176,12 +176,15 @@ def _watched(task: Task) -> Watch:
     task.watch = Watch(task.out, task.mark, lambda: end_family(task.mark, task.pid), limits.time_limit if limits else 0., limits.memory_limit if limits else 0.)
     return task.watch
 
-def _save_failure(task: Task, error: CvopsError, cell: int = 0) -> CvopsError:
+def _save_failure(task: Task, error: CvopsError) -> CvopsError:
     # What the watch has ended, it has ended for its own reason, whatever the cells say to it.
-    if task.saver and (cell or task.watch.reason): mark_unfinished(task.saver.manager.nb, task.cell)
-    if task.saver: task.saver.save()
+    if task.saver:
+        notebook = task.saver.manager.nb    # papermill has put cells in before the one that failed
+        mark_unfinished(notebook, task.cell + len(notebook.cells) - task.cells)
+        task.saver.save()
     return task.watch.reason or error
 
+# %% ../../nbs/api/loop/04_engine.ipynb #split015
 def warm(task: Task) -> None:
     "Have the task's manager take a fork of the nursery instead of a new process."
     from jupyter_client.provisioning import LocalProvisioner
@@ -197,6 +200,7 @@ def warm(task: Task) -> None:
     task.manager.provisioner = Warm(kernel_id=task.mark, kernel_spec=task.manager.kernel_spec, parent=task.manager)
     task.manager.client_factory = _prompt_client()
 
+# %% ../../nbs/api/loop/04_engine.ipynb #272099b7
 @cache
 def _prompt_client() -> type:
     # Jupyter's client listens for 0.2 s of silence before its first word; this one goes on as soon as the kernel was heard on both channels.
@@ -222,6 +226,7 @@ def _prompt_client() -> type:
 def _is_idle(message: dict[str, Any], greeting: str) -> bool:
     return message["parent_header"].get("msg_id") == greeting and message["content"].get("execution_state") == "idle"
 
+# %% ../../nbs/api/loop/04_engine.ipynb #split016
 def drive(notebook: Any, task: Task, channel: str) -> None:
     "Start a kernel that listens on sockets in the folder `channel`, and run papermill's cells in it."
     from jupyter_client.kernelspec import KernelSpec
