@@ -67,9 +67,9 @@ def run_inside(stage: str, counts: list[int]) -> Path:
 
 def run_nbclient(stage: str, counts: list[int]) -> Path:
     "`jupyter execute`, with the parameters written into a copy beforehand, since it takes none."
+    import nbformat
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    import nbformat
     for count in counts:
         shutil.rmtree("reports/peer", ignore_errors=True)
         node = load_notebook_node(str(next(Path("nbs/runs").glob(f"*_{stage}.ipynb"))))
