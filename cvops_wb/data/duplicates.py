@@ -340,9 +340,9 @@ def find_chance(
 def _in_detail(measure: Callable) -> Callable:
     "The same measure, of sharpened pictures; only those of the pairs at hand are."
     def of_details(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        rows, places = pairs.copy(), np.arange(len(pairs))
-        rows[:, 0], rows[:, 3] = places, places + len(pairs)
-        return measure(sharpen(thumbs[np.concatenate([pairs[:, 0], pairs[:, 3]])]), rows)
+        rows, (used, where) = pairs.copy(), np.unique(pairs[:, [0, 3]], return_inverse=True)
+        rows[:, [0, 3]] = where.reshape(-1, 2)
+        return measure(sharpen(thumbs[used]), rows)
     return of_details
 
 def sharpen(
