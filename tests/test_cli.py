@@ -17,8 +17,8 @@ def call(*arguments, **environment):
     return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1", **environment}, timeout=120)
 
 
-COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "run", "lab",
-            "export", "status", "lineage", "doctor", "clean", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
+COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "compare", "rollout", "run", "lab",
+            "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
 
 
 def test_help_is_in_the_order_of_the_loop():
@@ -34,7 +34,7 @@ def test_every_command_takes_json_and_explains_itself(command):
     from cvops_wb.loop.cli import app
     text = CliRunner().invoke(app, [command, "--help"]).stdout
     assert "--json" in text and text.splitlines()[2].strip().endswith(".")
-    assert command in ("status", "lineage", "doctor", "log", "diff", "labels") or "--dry-run" in text
+    assert command in ("status", "lineage", "doctor", "models", "log", "diff", "labels") or "--dry-run" in text
 
 
 def test_the_cost_of_help(record_property):

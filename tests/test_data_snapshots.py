@@ -21,7 +21,7 @@ from cvops_wb.core.settings import load_settings
 from cvops_wb.data import snapshots
 from cvops_wb.data.curation import CurateSpec, curate
 from cvops_wb.data.intake import IngestSpec, ingest
-from cvops_wb.data.shards import build_shard, index_shards, pack_images, read_index
+from cvops_wb.data.shards import build_shard, index_shards, list_shards, pack_images, read_index
 from cvops_wb.data.snapshots import (
     SnapshotSpec,
     draw_snapshot,
@@ -99,11 +99,11 @@ def test_what_is_new_goes_into_new_shards(tmp_path):
     store = {hashlib.sha256(b"%d" % k).hexdigest(): b"%d" % k*100 for k in range(100)}
     store = {hashlib.sha256(word).hexdigest(): word for word in store.values()}
     wanted, reads = [(name, ".png", len(word)) for name, word in store.items()], []
-    first = pack_images(wanted[:60], tmp_path, store.get, most=2000)
+    first = list_shards(pack_images(wanted[:60], tmp_path, store.get, most=2000))
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    whole = pack_images(wanted, tmp_path, lambda name: reads.append(name) or store[name], most=2000)
+    whole = list_shards(pack_images(wanted, tmp_path, lambda name: reads.append(name) or store[name], most=2000))
     assert len(reads) == 40 and set(first) < set(whole) and {name: (tmp_path/name).stat().st_mtime_ns for name in before} == before
-    assert pack_images(wanted[:60], tmp_path, None, most=2000) == first
+    assert list_shards(pack_images(wanted[:60], tmp_path, None, most=2000)) == first
 
 
 def test_a_snapshot(shelf):

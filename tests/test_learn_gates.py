@@ -13,7 +13,7 @@ from cvops_wb.learn.gates import compare, design_effect, judge, paired_interval
 from cvops_wb.learn.tasks import TASKS
 
 GATE = Gate(min_samples=20, min_accuracy=.5, max_calibration_error=.25, max_latency_ms=200., max_size_mb=200., margin=.01)
-GOOD = Evaluation("train-1", "s", "test", 200, {"accuracy": .9, "calibration_error": .05, "latency_ms": 4., "size_mb": 11.},
+GOOD = Evaluation("train-1", "s", "test", 200, {"accuracy": .9, "calibration_error": .05, "latency_ms": 4., "size_mb": 11., "count_unleaked": 200.},
                   {"accuracy": [.85, .94]}, {}, "reports/evaluate-1/predictions.parquet")
 
 
@@ -43,7 +43,7 @@ def with_metric(name: str, value) -> Evaluation:
     (with_metric("latency_ms", ...), ["max_latency_ms"]),
     (with_metric("size_mb", float("inf")), ["max_size_mb"]),
     (with_metric("size_mb", ...), ["max_size_mb"]),
-    (replace(GOOD, metrics={}, intervals={}), ["min_accuracy", "max_calibration_error", "max_latency_ms", "max_size_mb"]),
+    (replace(GOOD, metrics={}, intervals={}), ["min_accuracy", "max_calibration_error", "max_latency_ms", "max_size_mb", "max_leak_share"]),
 ])
 def test_absolute_rules(evaluation, want): assert failed(evaluation) == want
 

@@ -66,7 +66,7 @@ def train_toy(settings, run: str, flaw: float) -> Evaluation:
     path = f"reports/{run}/predictions.parquet"
     table.to_parquet(settings.root/path)
     accuracy = float(table["correct"].mean())
-    return Evaluation(run, "s", "test", COUNT, {"accuracy": accuracy, "calibration_error": .1, "latency_ms": 1., "size_mb": .1},
+    return Evaluation(run, "s", "test", COUNT, {"accuracy": accuracy, "calibration_error": .1, "latency_ms": 1., "size_mb": .1, "count_unleaked": float(COUNT)},
                       {"accuracy": [accuracy - .03, accuracy + .03]}, {}, path, f"reports/{run}/model", identity)
 
 
@@ -74,7 +74,7 @@ def train_toy(settings, run: str, flaw: float) -> Evaluation:
 def bench(workbench, monkeypatch):
     "A workbench whose test split is the toy's, and whose DVC is a list of messages."
     said = []
-    monkeypatch.setattr(registry, "open_split", lambda settings, snapshot, split, size: (ROWS, Shown(), "test"))
+    monkeypatch.setattr(registry, "open_split", lambda settings, snapshot, split, size, truth="label": (ROWS, Shown(), "test"))
     monkeypatch.setattr(registry, "_version_data", lambda message, push=True: said.append(message))
     return workbench, said
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'SAMPLE_COLUMNS', 'ADDED_COLUMNS', 'Record', 'parse_record', 'Batch', 'Selection', 'View', 'Snapshot',
-           'Candidate', 'Evaluation', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Envelope', 'read_envelope',
-           'read_record']
+           'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Envelope',
+           'read_envelope', 'read_record']
 
 # %% ../../nbs/api/core/04_records.ipynb #b4e5db1e
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -132,6 +132,7 @@ class Candidate(Record):
     manifest_sha256: str
     parameters: int = 0
     seconds: float = field(default=0., compare=False)
+    cpu_seconds: float = field(default=0., compare=False)    # of all cores
     tracking: str = ""          # MLflow run id, where it was logged
 
 # %% ../../nbs/api/core/04_records.ipynb #b7ad0181
@@ -148,6 +149,20 @@ class Evaluation(Record):
     predictions: str                        # Parquet: id, label, predicted, confidence, scores
     model: str = ""
     manifest_sha256: str = ""
+    task: str = "classification"
+    main_metric: str = "accuracy"
+    slices: list[dict[str, Any]] = field(default_factory=list)  # slice, count, groups, value, low, high, low_all, high_all, metrics
+
+@dataclass(frozen=True)
+class Contest(Record):
+    "Models held against each other on the same images."
+    models: list[dict[str, Any]]    # run, candidate, value, low, high of the main metric
+    pairs: list[dict[str, Any]]     # a, b, difference, low, high, p, …
+    snapshot: str
+    split: str
+    count: int
+    metric: str                     # the main metric
+    page: str = ""                  # HTML
 
 @dataclass(frozen=True)
 class ModelVersion(Record):

@@ -83,10 +83,17 @@ def group_samples(
     said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
     labels = table["label"].where(said).groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
-    return add_tags(table, near_duplicate=~(pick_representatives(table, near) | table["id"].isin(before or {})), label_conflict=labels > 1,
+    first = pick_representatives(table, near)
+    copies = ~(first | table["id"].isin(before or {})) & _say_the_same(table, near, first)
+    return add_tags(table, near_duplicate=copies, label_conflict=labels > 1,
                     unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)
 
 # %% ../../nbs/api/data/13_curation.ipynb #568722a2
+def _say_the_same(table: pd.DataFrame, near: np.ndarray, first: np.ndarray) -> np.ndarray:
+    "Two of a kind that hold other objects teach different things: the same board with another fault is no copy."
+    said = table["objects"].where(first).groupby(near).transform("first")
+    return ((table["objects"] == "") | (table["objects"] == said)).to_numpy()
+
 def read_sides(name: str, settings: Settings) -> dict[str, str]:
     "Which split each sample of a snapshot stands in: id → split, without those that were set aside."
     if not name: return {}

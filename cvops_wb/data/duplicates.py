@@ -362,7 +362,7 @@ def find_pairs(
 ) -> pd.DataFrame:
     "Pairs of rows that show the same, enough to join each group: a, b (places), distance, likeness; best first."
     if not 0 <= distance <= 32: raise BadInput("the distance of two hashes must lie between 0 and 32 bits", got=distance, fix="12 is a good value")
-    places = np.flatnonzero(table["entropy"].to_numpy() > .25)     # a blank image's hash says nothing
+    places = np.flatnonzero(table["contrast"].to_numpy() >= .02)    # a blank image's hash says nothing
     found = match_thumbs(draw_thumbs(len(places), lambda place: read(int(places[place]))), distance, likeness)
     return found.assign(a=places[found.a], b=places[found.b])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REMOTE', 'ensure_dvc', 'run_dvc', 'locked', 'version_data', 'make_current', 'push_data', 'SnapshotSpec',
            'record_version', 'take_snapshot', 'digest_table', 'read_current', 'find_snapshot', 'SnapshotReader',
-           'open_snapshot', 'draw_snapshot']
+           'open_snapshot', 'take_turns', 'draw_snapshot']
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7e691a48
 import fcntl
@@ -33,7 +33,7 @@ from ..core.records import Selection, Snapshot, parse_record
 from ..core.settings import Settings, load_settings
 from .formats.objects import list_object_classes
 from .images import decode_image
-from .shards import Place, index_shards, pack_images
+from .shards import AHEAD, Place, drop_adopted, index_shards, list_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
 from .versions.events import append_event, read_events
@@ -64,8 +64,9 @@ def _lay_over(config: ConfigParser, settings: Settings) -> dict[str, dict[str, s
     if any((folder/".git").exists() for folder in (settings.root, *settings.root.parents)): core.pop("no_scm")
     place = settings.data.remote
     url = place if "://" in place or Path(place).is_absolute() else os.path.join("..", place)
+    endpoint = {"endpointurl": settings.data.endpoint} if settings.data.endpoint and place.startswith("s3") else {}
     cache, section = {"type": '"hardlink,copy"', **said.get("cache", {})}, f"'remote \"{REMOTE}\"'"
-    return {**said, "core": core, "cache": cache, section: {**said.get(section, {}), "url": url, "verify": "true"}}
+    return {**said, "core": core, "cache": cache, section: {**said.get(section, {}), "url": url, "verify": "true", **endpoint}}
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #b3cbe28a
 _PROGRAM = """
@@ -113,9 +114,11 @@ def version_data(message: str = "", push: bool = False) -> str:
 
 def _version(settings: Settings, message: str, push: bool) -> str:
     settings.versioned.mkdir(parents=True, exist_ok=True)
+    for left in (path for place in (".*.part", "s*/.*.part") for path in settings.versioned.glob(place)): left.unlink()   # of a version that was killed
     before = read_pointer(settings)
     ensure_dvc(settings)
     add_data(settings, before)
+    drop_adopted(settings.cache/AHEAD, settings.versioned/"shards")
     if push: _push(settings)
     if message and read_pointer(settings) != before: _describe(settings.root/"data.dvc", message)
     return read_pointer(settings)
@@ -136,9 +139,7 @@ def push_data() -> None:
     if not (settings.root/"data.dvc").is_file(): raise BadInput("there is no version to push yet", got=settings.root, fix="run `cvops snapshot`")
     with locked(settings): _push(settings)
 
-def _push(settings: Settings) -> None:
-    if "://" in settings.data.remote: run_dvc(settings, ["push", "data.dvc"])
-    else: push_objects(settings, read_pointer(settings))
+def _push(settings: Settings) -> None: push_objects(settings, read_pointer(settings))
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #33d3db06
 @dataclass(frozen=True)
@@ -149,9 +150,13 @@ class SnapshotSpec:
 
 def record_version(settings: Settings, table: pd.DataFrame, message: str = "", push: bool = False) -> Snapshot:
     "A sample table as a version of the data; call it inside `locked`."
-    snapshot = _write_version(settings, table, message)
-    digest = _version(settings, message or f"snapshot {snapshot.id}: {snapshot.count} samples", push)
-    return replace(snapshot, dvc=digest, pushed=push)
+    return _record(settings, table, message, push).record
+
+def _record(settings: Settings, table: pd.DataFrame, message: str, push: bool) -> "SnapshotReader":
+    reader = _write_version(settings, table, message)
+    digest = _version(settings, message or f"snapshot {reader.record.id}: {reader.record.count} samples", push)
+    reader.record = replace(reader.record, dvc=digest, pushed=push)
+    return reader
 
 def take_snapshot(
     selection: Selection,
@@ -164,29 +169,29 @@ def take_snapshot(
     settings = load_settings()
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
     table = correct_labels(table, read_events(settings, "labels"))
-    with locked(settings): snapshot = record_version(settings, table, spec.message, spec.push)
-    reader = open_snapshot(snapshot)
-    write_picture(out/"snapshot.png", draw_snapshot(snapshot, reader=reader))
-    write_card(snapshot, out, reader)
-    return snapshot
+    with locked(settings): reader = _record(settings, table, spec.message, spec.push)
+    write_picture(out/"snapshot.png", draw_snapshot(reader.record, reader=reader))
+    write_card(reader.record, out, reader)
+    return reader.record
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
-def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> Snapshot:
+def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "SnapshotReader":
     images, kinds = zip(table["sha256"], table["ext"], table["bytes"]), dict(zip(table["sha256"], table["ext"]))
-    shards = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings))
+    places = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings),
+                         ahead=settings.cache/AHEAD)
     path = write_samples(table, settings.versioned/"samples"/"next.part")
     name = digest_table(path)[:12]
     os.replace(path, path.with_name(f"{name}.parquet"))
     before, parent = _read_known(settings, name), read_current(settings)
     inside = table[table["split"] != "none"]
     splits = {split: int(count) for split in SPLITS if (count := (table["split"] == split).sum())}
-    snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in shards], len(inside),
+    snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in list_shards(places)], len(inside),
                         sorted((set(inside["label"]) | list_object_classes(inside["objects"])) - {""}), splits, message or (before.message if before else ""),
                         before.parent if before else parent)
     if before is None: append_event(settings, "versions", event="taken", snapshot=name, message=message, parent=parent)
     write_atomic(settings.versioned/"snapshots"/f"{name}.json", dump_json(snapshot.to_dict()))
     write_atomic(settings.versioned/"current", name + "\n")
-    return snapshot
+    return SnapshotReader(snapshot, settings, table, places)
 
 def digest_table(path: Path) -> str:
     "What a snapshot is named by."
@@ -216,8 +221,9 @@ def find_snapshot(
 class SnapshotReader:
     "A snapshot's samples and images, read where they stand."
 
-    def __init__(self, record: Snapshot, settings: Settings):
+    def __init__(self, record: Snapshot, settings: Settings, table: pd.DataFrame | None = None, places: dict[str, Place] | None = None):
         self.record, self.classes, self._root = record, list(record.classes), settings.root
+        if table is not None: self.table, self._places = table, places      # they were just written
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -234,13 +240,16 @@ class SnapshotReader:
 
     @cached_property
     def _places(self) -> dict[str, Place]:
-        known = index_shards(join_within(self._root, name) for name in self.record.shards)
-        return {id: known[sha256] for id, sha256 in zip(self.table["id"], self.table["sha256"]) if sha256 in known}
+        return index_shards(join_within(self._root, name) for name in self.record.shards)
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]: return dict(zip(self.table["id"], self.table["sha256"]))
 
     def read(self, id: str) -> bytes:
         "The file of a sample, verified against its hash."
-        if id not in self._places: raise BadInput("the snapshot has no image of this id", got=id, fix="ids stand in the column `id` of `.table`")
-        return self._places[id].read()
+        place = self._places.get(self._hashes.get(id, ""))
+        if place is None: raise BadInput("the snapshot has no image of this id", got=id, fix="ids stand in the column `id` of `.table`")
+        return place.read()
 
     def select(self, split: str) -> pd.DataFrame:
         "The samples of a split; `none` gives those that were set aside."
@@ -251,10 +260,14 @@ def open_snapshot(snapshot: Snapshot) -> SnapshotReader:
     "A snapshot, ready to read: `.table`, `.classes`, `.read(id)`, `.select(split)`."
     return SnapshotReader(snapshot, load_settings())
 
+def take_turns(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    "So many samples of the splits, the classes taking turns."
+    mixed = table.loc[table["split"] != "none", ["label"]].sample(frac=1, random_state=0)
+    turns = mixed.assign(turn=mixed.groupby("label").cumcount()).sort_values(["turn", "label"], kind="stable")
+    return table.loc[turns.index[:count]]
+
 def draw_snapshot(snapshot: Snapshot, count: int = 32, reader: SnapshotReader | None = None) -> Image.Image:
     "A contact sheet from the shards themselves, the classes taking turns: label and split."
     reader = reader or open_snapshot(snapshot)
-    mixed = reader.table[reader.table["split"] != "none"].sample(frac=1, random_state=0)
-    turns = mixed.assign(turn=mixed.groupby("label").cumcount()).sort_values(["turn", "label"], kind="stable")
-    few = list(turns.head(count).sort_values(["label", "id"]).itertuples())
+    few = list(take_turns(reader.table, count).sort_values(["label", "id"]).itertuples())
     return draw_grid([decode_image(reader.read(row.id), row.bytes, float("inf")) for row in few], [f"{row.label} ({row.split})" for row in few])

@@ -32,7 +32,7 @@ from ..core.records import ADDED_COLUMNS, SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .images import ImageFacts
-from .shards import find_packed
+from .shards import AHEAD, Prepacker, find_packed
 
 # %% ../../nbs/api/data/02_store.ipynb #46debf1c
 def write_samples(
@@ -103,6 +103,7 @@ class Store:
     def __init__(self, settings: Settings | None = None):
         self.root = (settings or load_settings()).store
         self.blobs, self.rejected, self.incoming = self.root/"blobs", self.root/"rejected", self.root/"incoming"
+        self.packer: Prepacker | None = None    # a writer has one
 
     @cached_property
     def journal(self) -> sqlite3.Connection:
@@ -174,6 +175,7 @@ def open_writer(
     settings: Settings | None = None,
 ) -> Iterator[Store]:
     "The store, for writing; `Busy` if another process holds it. What an earlier crash left half-way is swept."
+    settings = settings or load_settings()
     store = Store(settings)
     with _explaining(store.root):
         make_folder(store.root)
@@ -183,8 +185,11 @@ def open_writer(
         except BlockingIOError as e: raise Busy("another ingest is writing to the store", got=store.root, fix="wait until it has ended") from e
         try:
             with _explaining(store.root): _recover(store)
+            store.packer = Prepacker(settings.cache/AHEAD, settings.data.min_free_mb*1e6)
             yield store
+            store.packer.close()
         finally:
+            if store.packer: store.packer.close(finish=False)
             try: _sweep(store)
             except OSError: pass    # the next writer sweeps again
             finally: store.close()
@@ -238,6 +243,7 @@ def commit(
         except BaseException:
             if journal.in_transaction: journal.execute("rollback")
             raise
+    if store.packer: store.packer.add((a.sha256, a.facts.ext, a.size, store.blobs/a.sha256[:2]/f"{a.sha256}{a.facts.ext}") for a in arrivals if a.staged and not a.reason)
     return new
 
 # %% ../../nbs/api/data/02_store.ipynb #aaa25541

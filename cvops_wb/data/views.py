@@ -33,6 +33,7 @@ from ..core.places import locate
 from ..core.processes import QUIET, answers, call, claim_port, free_port, running, wait_until
 from ..core.records import Selection, View
 from ..core.settings import Settings, load_settings
+from .formats.objects import to_pixels
 from .quality import measure_oddness
 from .splits import SPLITS
 from .store import Store, read_samples
@@ -167,7 +168,7 @@ def describe_samples(
         curated = {"split": row.split, "label": row.label, "group": row.group, "group_size": int(size), "oddness": float(odd)}
         numbers = {name: float(getattr(row, name)) for name in NUMBERS}
         origin = {"sources": row.sources, "camera": row.camera, "taken": row.taken, "labeled_by": row.labeled_by, "key": row.id, "sha256": row.sha256}
-        yield {"filepath": str(path), "tags": row.tags, **curated, **numbers, **origin, "width": row.width, "height": row.height, "bytes": row.bytes}
+        yield {"filepath": str(path), "tags": row.tags, **curated, **numbers, **origin, "objects": row.objects, "width": row.width, "height": row.height, "bytes": row.bytes}
 
 def list_views(dataset: Any, fields: Any) -> dict[str, Any]:
     "Saved views by name; `fields` is FiftyOne's ViewField."
@@ -234,13 +235,20 @@ def build_dataset(fiftyone: Any, name: str, facts: list[dict[str, Any]]) -> Any:
 def _make_sample(fiftyone: Any, fact: dict[str, Any]) -> Any:
     metadata = fiftyone.ImageMetadata(width=fact.pop("width"), height=fact.pop("height"), size_bytes=fact.pop("bytes"))
     label = fiftyone.Classification(label=fact.pop("label")) if fact["label"] else fact.pop("label") or None
-    return fiftyone.Sample(metadata=metadata, label=label, **fact)
+    return fiftyone.Sample(metadata=metadata, label=label, objects=_make_objects(fiftyone, fact.pop("objects"), metadata), **fact)
+
+def _make_objects(fiftyone: Any, text: str, metadata: Any) -> Any:
+    "What is where in the image, as FiftyOne draws it; None where nobody looked."
+    if not text: return None
+    found = json.loads(to_pixels(text, metadata.width, metadata.height))
+    def to_box(each: dict[str, Any]) -> list[float]: return [value/side for value, side in zip(each["box"], [metadata.width, metadata.height]*2)]
+    return fiftyone.Detections(detections=[fiftyone.Detection(label=each["label"], bounding_box=to_box(each)) for each in found])
 
 def _arrange_sidebar(fiftyone: Any) -> list[Any]:
     origin = ["sources", "camera", "taken", "labeled_by", "key", "sha256", "filepath", "id", "created_at", "last_modified_at"]
     metadata = [f"metadata.{name}" for name in ("width", "height", "size_bytes", "mime_type", "num_channels")]
     curation = ["split", "group", "group_size", "oddness"]
-    groups = {"tags": [], "labels": ["label"], "curation": curation, "quality": list(NUMBERS), "origin": origin, "metadata": metadata}
+    groups = {"tags": [], "labels": ["label", "objects"], "curation": curation, "quality": list(NUMBERS), "origin": origin, "metadata": metadata}
     return [fiftyone.SidebarGroupDocument(name=name, paths=paths, expanded=name in ("tags", "labels", "curation")) for name, paths in groups.items()]
 
 # %% ../../nbs/api/data/16_views.ipynb #2c9f7337

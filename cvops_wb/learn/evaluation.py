@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['resample_groups', 'bootstrap', 'time_model', 'EvaluateSpec', 'evaluate', 'predict', 'measure_unleaked', 'measure_all',
-           'file_away', 'write_table', 'read_scores', 'draw_metrics', 'draw_confusion', 'plot_confusion',
+           'slice_up', 'file_away', 'write_table', 'read_scores', 'draw_metrics', 'draw_confusion', 'plot_confusion',
            'draw_classes', 'draw_calibration', 'draw_errors']
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #8cb11f19
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +26,7 @@ from ..core.records import Candidate, Evaluation
 from ..core.settings import load_settings
 from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
+from .slices import FIELDS, draw_slices, measure_slices, name_slices
 from .tasks import TASKS
 from .tracking import Tracker, name_metrics, tracked
 
@@ -74,6 +76,7 @@ class EvaluateSpec:
     snapshot: str = ""      # id of another snapshot than the one that it was trained on
     bootstrap: int = 1000   # resamples for the intervals
     seed: int = 0           # of the resamples
+    slices: str = ""        # further columns of the sample table to slice by, with commas between
     track: bool = True      # show it in MLflow
 
 def evaluate(
@@ -84,31 +87,42 @@ def evaluate(
     "Score a candidate's ONNX file on a split: metrics, intervals, classes, and each single prediction."
     settings, run = load_settings(), Path(candidate.model).parent.name
     model = read_model(locate(candidate.model, settings.root), candidate.manifest_sha256)
-    rows, pixels, split = open_split(settings, spec.snapshot or candidate.snapshot, spec.split, model.size)
+    task = TASKS[candidate.task]()
+    rows, pixels, split = open_split(settings, spec.snapshot or candidate.snapshot, spec.split, model.size, task.truth)
     with tracked(settings, run, enabled=spec.track) as tracker:
-        task = TASKS[candidate.task]()
-        table, scores = predict(task, model, rows, pixels)
+        table, scores = predict(task, model, rows, pixels, [*FIELDS, *spec.slices.split(",")])
         metrics, intervals, classes = measure_all(task, model, table, scores, spec)
         metrics |= {"latency_ms": time_model(model, pixels.take(rows["id"][:20])), "size_mb": len(model.onnx)/1e6}
         path = write_table(out/"predictions.parquet", table)
         evaluation = Evaluation(run, spec.snapshot or candidate.snapshot, split, len(rows), metrics, intervals, classes,
-                                name_final(path, settings.root), candidate.model, candidate.manifest_sha256)
+                                name_final(path, settings.root), candidate.model, candidate.manifest_sha256,
+                                candidate.task, task.main_metric, slice_up(task, model, table, scores, spec))
         file_away(tracker, evaluation, out)
     return evaluation
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #20bc8f1c
-def predict(task: Any, model: Model, rows: pd.DataFrame, pixels: Pixels) -> tuple[pd.DataFrame, np.ndarray]:
+def predict(
+    task: Any,
+    model: Model,
+    rows: pd.DataFrame,     # of the sample table
+    pixels: Pixels,
+    fields: Sequence[str] = FIELDS,     # to slice by
+) -> tuple[pd.DataFrame, np.ndarray]:
     "What a model says of samples: a table (id, label, predicted, confidence, scores, …) and the scores (N, K)."
-    scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature)
-    columns = task.to_columns(scores, model.classes)
-    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **columns, "correct": columns["predicted"] == rows["label"].to_numpy(),
-                          "scores": list(scores.astype(np.float32)), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]]})
+    outputs = run_model(model, pixels.take(rows["id"]))
+    scores = task.to_scores(outputs.logits, model.temperature, rows, model.size)
+    correct = task.rate(scores, task.to_targets(rows, model.classes, model.size))
+    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **task.to_columns(scores, model.classes), "correct": correct,
+                          "scores": task.pack(scores), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]],
+                          "slices": name_slices(rows, outputs.embedding, fields),
+                          **{name: rows[name] for name in ("objects", "width", "height") if task.truth != "label"}})
     return table, scores
 
 def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     "The main metric on samples that have no near duplicate in `train` (those without the tag `leak`), and their count."
     free = ~table["leak"].to_numpy(bool)
-    value = {f"{task.main_metric}_unleaked": float(task.measure(scores[free], targets[free])[task.main_metric][0])} if free.any() else {}
+    kept = [values[free] if isinstance(values, np.ndarray) else [v for v, on in zip(values, free) if on] for values in (scores, targets)]
+    value = {f"{task.main_metric}_unleaked": float(task.measure(*kept)[task.main_metric][0])} if free.any() else {}
     return {**value, "count_unleaked": float(free.sum())}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #5f8e6b3c
@@ -120,17 +134,24 @@ def measure_all(
     spec: EvaluateSpec,
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, dict[str, float]]]:
     "Metrics, their intervals, and the numbers of each class."
-    targets = task.to_targets(table["label"], model.classes)
+    targets = task.to_targets(table, model.classes, model.size)
     metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items()}
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
+
+def slice_up(task: Any, model: Model, table: pd.DataFrame, scores: Any, spec: EvaluateSpec) -> list[dict[str, Any]]:
+    "The numbers of each slice; the same resampled groups for all."
+    repeats = int(np.clip(40_000_000//max(len(table), 1), 50, min(spec.bootstrap, 500)))
+    drawn = resample_groups(table["group"].to_numpy(), repeats, spec.seed)
+    return measure_slices(task, scores, task.to_targets(table, model.classes, model.size), list(table["slices"]), drawn, table["group"].to_numpy())
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #b825c2e1
 def file_away(tracker: Tracker, evaluation: Evaluation, out: Path) -> None:
     "Give MLflow the metrics and the confusion matrix."
     write_picture(out/"confusion.png", plot_confusion(evaluation, pd.read_parquet(out/"predictions.parquet")))
+    write_picture(out/"slices.png", draw_slices(evaluation))
     tracker.log(name_metrics(evaluation))
-    tracker.keep(out/"confusion.png")
+    for name in ("confusion.png", "slices.png"): tracker.keep(out/name)
     tracker.finish()
 
 def write_table(path: Path, table: pd.DataFrame) -> Path:
@@ -192,11 +213,11 @@ def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
 
 def draw_errors(evaluation: Evaluation, most: int = 24) -> Any:
     "The photographs on which the model is wrong and most sure of it; prediction before label."
-    table = read_scores(evaluation).query("not correct").sort_values("confidence", ascending=False, kind="stable").head(most)
+    table = read_scores(evaluation).query("correct < 1").sort_values("confidence", ascending=False, kind="stable").head(most)
     if table.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], [f"no error in {evaluation.count:,} images"], side=240)
     captions = [f"{row.predicted}\nnot {row.label}" for row in table.itertuples()]
     return draw_grid(read_photos(load_settings(), evaluation.snapshot, table["id"]), captions, columns=6, side=132)
 
 def _say(evaluation: Evaluation, metric: str) -> str:
     low, high = evaluation.intervals.get(metric, (float("nan"),)*2)
-    return f"{evaluation.metrics[metric]:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{evaluation.metrics.get(metric, float('nan')):.3f} [{low:.3f}, {high:.3f}]"

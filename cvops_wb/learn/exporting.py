@@ -32,8 +32,8 @@ def to_onnx(
     with needs("train"): import torch
     from cvops_wb.learn.networks import Served
     served, file = Served(network).cpu().eval(), io.BytesIO()
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-    axes = {name: {0: "batch"} for name in ("images", *outputs)}
+    example = torch.zeros(getattr(network, "at_once", 2), size, size, 3, dtype=torch.uint8)
+    axes = {name: {0: "batch"} for name in ("images", *outputs) if len(example) > 1}
     with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), _plain_attention(torch):
         warnings.simplefilter("ignore")     # the exporter warns of itself, and prints the whole graph when it fails
         try:
@@ -76,12 +76,19 @@ def check_parity(
     from cvops_wb.learn.networks import Served
     served = Served(network).cpu().eval()
     with torch.no_grad(): wanted = [output.numpy() for output in served(torch.from_numpy(np.ascontiguousarray(images)))]
-    got = session.run(None, {"images": images})
-    worst = max(float(np.abs(a - b).max()) for a, b in zip(wanted, got, strict=True))
+    got = [np.concatenate(part) for part in zip(*(session.run(None, {"images": part}) for part in _split(session, images)), strict=True)]
+    worst = max(_differ(a, b) for a, b in zip(wanted, got, strict=True))
     limit = tolerance*max(1., *(float(np.abs(a).max()) for a in wanted))
     if not worst <= limit:
         raise ParityFailed("the ONNX file and the network disagree", got=f"{worst:.2g}, allowed {limit:.2g}", fix="try another network")
     return worst
+
+def _differ(wanted: np.ndarray, got: np.ndarray) -> float:
+    "The largest difference; of boxes (N, M, 6) each that is read to the nearest of the other side, for equal scores may stand in any order."
+    if wanted.ndim != 3 or wanted.shape[-1] != 6: return float(np.abs(wanted - got).max(initial=0))
+    pairs = [(b, a) if turn else (a, b) for a, b in zip(wanted, got, strict=True) for turn in (0, 1)]
+    kept = [(a[a[:, 4] >= .01], b) for a, b in pairs]   # below, no task reads a box
+    return max((float(np.abs(a[:, None] - b[None]).max(2).min(1).max(initial=0)) for a, b in kept), default=0.)
 
 # %% ../../nbs/api/learn/06_exporting.ipynb #4187c707
 def write_model(
@@ -167,17 +174,23 @@ def _spoilt(path: Path, got: Any) -> BadModel:
 @dataclass(frozen=True)
 class Outputs:
     "What a model says of N images."
-    logits: np.ndarray      # (N, K) float32
+    logits: np.ndarray      # (N, K) float32; of a detector boxes (N, M, 6), of a segmenter maps (N, C, S, S)
     embedding: np.ndarray   # (N, D) float32
 
 def run_session(
     session: Any,           # ONNX Runtime's
     images: np.ndarray,     # uint8 (N, S, S, 3)
-    batch: int = 64,
+    batch: int = 0,         # images at once; 0: as many as memory holds with ease
 ) -> Outputs:
     "The outputs for many images."
-    parts = [session.run(None, {"images": np.ascontiguousarray(images[k:k + batch])}) for k in range(0, len(images), batch)]
+    parts = [session.run(None, {"images": part}) for part in _split(session, images, batch)]
     return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+def _split(session: Any, images: np.ndarray, batch: int = 0) -> Iterator[np.ndarray]:
+    "As many images at once as the graph takes, or as memory holds with ease."
+    taken = session.get_inputs()[0].shape[0]
+    batch = taken if isinstance(taken, int) else batch or int(np.clip(64*128**2/(images.shape[1]*images.shape[2]), 1, 64))
+    return (np.ascontiguousarray(images[k:k + batch]) for k in range(0, len(images), batch))
 
 def run_model(model: Model, images: np.ndarray) -> Outputs:
     "The outputs of a verified model for uint8 images (N, S, S, 3)."

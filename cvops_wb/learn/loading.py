@@ -96,10 +96,12 @@ def decode_resized(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
 def take_split(
     table: pd.DataFrame,    # of samples
     split: str,             # train, val, test
-    labelled: bool = True,  # leave out samples without a label
+    labelled: bool = True,  # leave out samples without a truth
+    truth: str = "label",   # the column that holds it; any: label or objects
 ) -> pd.DataFrame:
     "The samples of a split; `BadInput` if there is none."
-    rows = table[(table["split"] == split) & ((table["label"] != "") | (not labelled))]
+    known = sum(table[name] != "" for name in (("label", "objects") if truth == "any" else (truth,))) > 0
+    rows = table[(table["split"] == split) & (known | (not labelled))]
     if len(rows): return rows.reset_index(drop=True)
     counts = table["split"].value_counts().to_dict()
     raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}",
@@ -126,6 +128,7 @@ def open_split(
     snapshot: str,      # its id
     split: str,         # train, val, test; auto: test if it has one, else val
     size: int,          # pixels
+    truth: str = "label",   # the column that a sample needs
 ) -> tuple[pd.DataFrame, Pixels, str]:
     "The samples of a split, the snapshot's pixels, and the split's name."
     if split not in ("auto", "train", "val", "test"): raise WrongUsage("there is no such split", got=split, fix="auto, train, val or test")
@@ -133,7 +136,7 @@ def open_split(
     from cvops_wb.data import open_snapshot
     reader = open_snapshot(record)
     name = split if split != "auto" else "test" if record.splits.get("test") else "val"
-    rows = take_split(reader.table, name)
+    rows = take_split(reader.table, name, truth=truth)
     return rows, load_pixels(reader, [size], settings.cache/"pixels")[0], name
 
 # %% ../../nbs/api/learn/03_loading.ipynb #d6908d18

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Event', 'read_events', 'append_event', 'locked', 'read_registry', 'list_versions', 'UnknownVersion', 'find_version',
-           'RegisterSpec', 'register', 'check_name', 'who', 'compare_champion', 'keep_files', 'move_alias',
+           'RegisterSpec', 'register', 'check_name', 'who', 'compare_champion', 'keep_files', 'move_alias', 'roll_back',
            'draw_verdict', 'mirror_registry', 'mirror_version']
 
 # %% ../../nbs/api/learn/11_registry.ipynb #83a6155e
@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -33,10 +33,10 @@ from ..core.records import Evaluation, ModelVersion
 from ..core.settings import Settings, load_settings
 from .evaluation import predict, read_scores
 from .exporting import read_model
-from .gates import Comparison, compare, judge
+from .gates import Comparison, compare, compare_slices, judge
 from .loading import open_split
 from .tasks import TASKS
-from .tracking import mirror_versions, open_client, tracked
+from .tracking import mirror_versions, open_client, tracked, write_signature
 
 # %% ../../nbs/api/learn/11_registry.ipynb #7b056c0a
 Event = dict[str, Any]
@@ -136,6 +136,7 @@ def register(
     read_model(locate(evaluation.model, settings.root), evaluation.manifest_sha256)
     with tracked(settings, evaluation.candidate, enabled=spec.track) as tracker:
         with locked(settings): version = _find_known(settings, name, evaluation) or _decide(settings, name, evaluation, spec.by or who())
+        if version.passed: _describe(settings, version, evaluation, out)
         _version_data(f"{name} version {version.version}: {version.alias}" if version.passed else f"{name}: a candidate was refused", spec.push)
         tracker.describe({}, {"cvops.verdict": f"version {version.version}" if version.passed else "refused"})
         tracker.add(lambda client, run: mirror_registry(client, settings, name))
@@ -154,6 +155,13 @@ def who() -> str:
     try: return getpass.getuser()
     except (OSError, KeyError): return "unknown"    # a container may have a user without a name
 
+def _describe(settings: Settings, version: ModelVersion, evaluation: Evaluation, out: Path) -> None:
+    from cvops_wb.learn.modelcards import write_model_card
+    write_model_card(settings, version, evaluation, out/"card")
+    folder = settings.root/version.model
+    if not (folder/"card"/"card.html").is_file(): write_model_card(settings, version, evaluation, folder/"card", photos=False)
+    if not (folder/"MLmodel").is_file(): write_signature(folder, read_model(folder).card)
+
 def _version_data(message: str, push: bool) -> str:
     from cvops_wb.data import version_data
     return version_data(message, push)
@@ -165,8 +173,8 @@ def _find_known(settings: Settings, name: str, evaluation: Evaluation) -> ModelV
 def _decide(settings: Settings, name: str, evaluation: Evaluation, by: str) -> ModelVersion:
     versions = read_registry(settings).get(name, [])
     champion = next((v for v in versions if v.alias == "champion"), None)
-    comparison = compare_champion(settings, evaluation, champion) if champion else None
-    rules = judge(evaluation, settings.gate, comparison)
+    comparison, slices = compare_champion(settings, evaluation, champion) if champion else (None, None)
+    rules = judge(evaluation, settings.gate, comparison, slices)
     passed = all(rule["passed"] for rule in rules)
     better = champion is None or (isinstance(comparison, Comparison) and comparison.low > 0)
     verdict = ModelVersion(name, 0, "", evaluation.model, evaluation.manifest_sha256, rules, passed, evaluation.candidate,
@@ -186,12 +194,18 @@ def _refuse(settings: Settings, verdict: ModelVersion, by: str) -> ModelVersion:
     return verdict
 
 # %% ../../nbs/api/learn/11_registry.ipynb #2a0ca448
-def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> Comparison | MetricMissing:
-    "Ask the champion's file about the images that the candidate was evaluated on."
+def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> tuple[Comparison | MetricMissing, list[Comparison] | MetricMissing]:
+    "Ask the champion's file about the images that the candidate was evaluated on: all of them, and slice by slice."
     model = read_model(settings.root/champion.model, champion.manifest_sha256)
-    rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size)
-    table, _ = predict(TASKS[model.card["task"]](), model, rows, pixels)
-    try: return compare(read_scores(evaluation), table, champion.version)
+    task = TASKS[model.card["task"]]()
+    rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size, task.truth)
+    table, _ = predict(task, model, rows, pixels)
+    ours = read_scores(evaluation)
+    return (_try(lambda: compare(ours, table, champion.version)),
+            _try(lambda: compare_slices(ours, table, settings.gate.slice_samples, champion.version)))
+
+def _try(make: Callable[[], Any]) -> Any:
+    try: return make()
     except MetricMissing as e: return e     # a rule answers for it
 
 def keep_files(settings: Settings, model: Path, name: str, number: int) -> Path:
@@ -219,6 +233,22 @@ def move_alias(
     with locked(settings):
         append_event(settings, event="alias", name=found.name, version=version, alias=alias, by=by or who(), manifest_sha256=found.manifest_sha256)
     return find_version(version, name)
+
+def roll_back(
+    version: str | int = "",    # to which; empty: the champion before the current one
+    name: str = "",
+    by: str = "",
+) -> tuple[ModelVersion, ModelVersion]:
+    "Make an earlier version champion again, as an event; returns the one that was and the one that is."
+    settings, now = load_settings(), find_version("champion", name)
+    known = {v.version for v in read_registry(settings)[now.name]}
+    were = [e["version"] for e in read_events(settings) if e["name"] == now.name and e.get("alias") == "champion" and e["event"] in ("registered", "alias")]
+    before = [number for number in were if number != now.version and number in known]
+    if not version and not before:
+        raise WrongUsage("there was no champion before this one", got=f"{now.name} {now.version}", fix="name a version: cvops rollback 2")
+    found = find_version(version or before[-1], now.name)
+    read_model(settings.root/found.model, found.manifest_sha256)    # what is spoilt leads nobody
+    return now, move_alias("champion", found.version, now.name, by) if found.version != now.version else now
 
 # %% ../../nbs/api/learn/11_registry.ipynb #efb357da
 def draw_verdict(version: ModelVersion) -> Any:

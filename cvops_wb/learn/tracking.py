@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Job', 'LATER', 'tracking_uri', 'open_client', 'find_run', 'Background', 'Tracker', 'write_batch', 'tracked',
-           'mirror_versions', 'rebuild_tracking', 'read_runs', 'flatten', 'name_tags', 'read_context', 'name_metrics']
+           'mirror_versions', 'write_signature', 'rebuild_tracking', 'read_runs', 'flatten', 'name_tags',
+           'read_context', 'name_metrics']
 
 # %% ../../nbs/api/learn/10_tracking.ipynb #a58604bd
 import fcntl
@@ -24,6 +25,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import BadRecord, CvopsError, needs
+from ..core.files import write_atomic
 from ..core.places import locate
 from ..core.processes import hush
 from ..core.records import Candidate, Envelope, Evaluation, ModelVersion, read_envelope
@@ -162,6 +164,22 @@ def mirror_versions(
         if version.alias: client.set_registered_model_alias(name, version.alias, str(known[version.manifest_sha256]))
     for alias in set(client.get_registered_model(name).aliases) & {"champion", "challenger"} - {v.alias for v in versions}:
         client.delete_registered_model_alias(name, alias)
+
+# %% ../../nbs/api/learn/10_tracking.ipynb #sig2
+def write_signature(folder: Path, card: Mapping[str, Any]) -> Path:
+    "`MLmodel` and `input_example.json` beside a version's ONNX file, as MLflow reads them."
+    import numpy as np
+    size, outputs = card["size"], list(card.get("outputs", ["logits", "embedding"]))
+    inputs = [{"name": "images", "type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, size, size, 3]}}]
+    shapes = {"logits": [-1, len(card["classes"])] if card["task"] == "classification" else [-1, -1, -1]}
+    given = [{"name": n, "type": "tensor", "tensor-spec": {"dtype": "float32", "shape": shapes.get(n, [-1, -1])}} for n in outputs]
+    about = {"flavors": {"onnx": {"data": "model.onnx", "providers": ["CPUExecutionProvider"]}},
+             "saved_input_example_info": {"artifact_path": "input_example.json", "type": "ndarray", "format": "tf-serving"},
+             "signature": {"inputs": json.dumps(inputs), "outputs": json.dumps(given), "params": None}}
+    example = {"inputs": np.zeros((1, size, size, 3), int).tolist()}
+    write_atomic(folder/"input_example.json", json.dumps(example, separators=(",", ":")))
+    return write_atomic(folder/"MLmodel", json.dumps(about, indent=1))      # YAML holds JSON
+
 
 # %% ../../nbs/api/learn/10_tracking.ipynb #2d3d52bc
 def rebuild_tracking() -> int:

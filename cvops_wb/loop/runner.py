@@ -25,6 +25,8 @@ from ..core.files import dump_json, hash_file, sync_folder
 from ..core.records import Envelope, read_envelope
 from ..core.settings import Settings, load_settings
 from .engine import Brake, Cancelled, Task, run_notebook, write_page
+from .kernels import prepare_kernels
+from .kernels.watching import NOTE, WORD, clear_left
 from .keys import Key, identify, make_key
 from .runs import find_log, find_run
 from .stages import Stage, check_parameters, find_stage
@@ -141,7 +143,7 @@ def execute(settings: Settings, order: Order, report: Callable, brake: Brake) ->
     "Run the notebook into the unfinished folder, check it, give it its name."
     final = settings.reports/order.run
     part = final.with_name(f"{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    clear_left(part)
     try:
         part.mkdir(parents=True)
         _run(settings, order, part, report, brake)
@@ -158,7 +160,8 @@ def _run(settings: Settings, order: Order, part: Path, report: Callable, brake: 
     facts = {"run": order.run, "stage": order.stage.name, "key": order.key.digest, "parameters": order.parameters, "facts": order.key.facts}
     given = {**order.parameters, **({"out": part.relative_to(settings.root).as_posix()} if "out" in order.stage.parameters else {})}
     environment = {"CVOPS_ROOT": str(settings.root), "CVOPS_CONTEXT": dump_json(facts, indent=None)}
-    task = Task(order.stage.path, part, given, settings.root, environment, report, brake)
+    task = Task(order.stage.path, part, given, settings.root, environment, report, brake, settings.runs)
+    if settings.runs.warm: prepare_kernels(environment, order.key.facts["vendors"])
     with ThreadPoolExecutor(1, thread_name_prefix=order.run) as pool:
         future = pool.submit(run_notebook, task)
         try: future.result()
@@ -179,7 +182,7 @@ def check_run(settings: Settings, order: Order, part: Path) -> Envelope:
     return envelope
 
 # %% ../../nbs/api/loop/05_runner.ipynb #8638d3be
-HIDDEN = (".kernel.log", ".error.json", ".ipython")
+HIDDEN = (".kernel.log", ".error.json", ".ipython", NOTE, WORD)
 
 def finish_run(part: Path, final: Path, title: str) -> None:
     "Make the page, drop what was only for the run, and take the real name."

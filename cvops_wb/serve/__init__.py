@@ -14,6 +14,7 @@ _rooms = {
     "serve_bento": "launching", "service_running": "launching",
     "rehearse": "rehearsal", "RehearseSpec": "rehearsal", "draw_answers": "rehearsal", "draw_latency": "rehearsal",
     "read_predictions": "predictions", "compact_predictions": "predictions",
+    "Arm": "rollouts", "RolloutFile": "rollouts", "RolloutSpec": "rollouts", "Controller": "rollouts", "draw_evidence": "rollouts",
     "Client": "clients", "make_service": "service", "verify_model": "verification",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

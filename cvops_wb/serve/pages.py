@@ -122,12 +122,27 @@ function fail(what, fix, reason) {
 }
 function show(url, said, seconds) {
   $('error').hidden = $('token').hidden = true; $('answer').hidden = false; document.body.className = 'asked';
-  $('photo').src = url; $('photo').alt = 'the photograph, answered with ' + said.label;
+  $('photo').src = url; outline(url, said.objects || []); $('photo').alt = 'the photograph, answered with ' + said.label;
   $('label').textContent = said.label;
   $('sure').textContent = (100*said.confidence).toFixed(1) + ' % sure';
   $('bars').replaceChildren(...said.top.map(bar));
   const times = `${said.latency_ms.toFixed(1)} ms in the service, ${(1000*seconds).toFixed(0)} ms here`;
   $('foot').replaceChildren(text('span', `version ${said.version} \\u00b7 ${times} \\u00b7 request `), text('code', said.request_id));
+}
+function outline(url, objects) {
+  if (!objects.length) return;
+  const image = new Image();
+  image.onload = () => {
+    const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight}), pen = canvas.getContext('2d');
+    const unit = Math.max(canvas.width, canvas.height)/320;
+    pen.drawImage(image, 0, 0); pen.lineWidth = 2*unit; pen.font = `${11*unit}px sans-serif`;
+    for (const {label, score, box: [x1, y1, x2, y2]} of objects) {
+      pen.strokeStyle = pen.fillStyle = '#d55e00'; pen.strokeRect(x1, y1, x2 - x1, y2 - y1);
+      pen.fillText(`${label} ${(100*score).toFixed(0)} %`, x1, Math.max(y1 - 3*unit, 11*unit));
+    }
+    canvas.toBlob(blob => { if ($('photo').src === url) $('photo').src = URL.createObjectURL(blob); });
+  };
+  image.src = url;
 }
 function remember(url, said, seconds) {
   const figure = text('figure', ''), image = Object.assign(new Image(), {src: url, alt: ''});
@@ -226,12 +241,15 @@ def _fields(**kinds: tuple[str, str]) -> dict[str, Any]:
 
 ANSWER = _fields(
     label=("string", "the class"), confidence=("number", "its probability, calibrated"), top=("array", "the five best, best first: label and score"),
-    scores=("object", "every class and its probability"), version=("integer", "in the registry"),
+    scores=("object", "every class and its probability; of a detector the surest box of each"),
+    objects=("array", "of a detector: label, score and box, x1 y1 x2 y2 in pixels of the image that was sent; the surest first"),
+    labels=("array", "where an image may bear several: those of one half or more"),
+    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"), version=("integer", "in the registry"),
     model=("string", "first 16 digits of the SHA-256 of its manifest"), request_id=("string", "find the answer in the log by it"),
     time=("string", "when the request came, ISO 8601, UTC"), latency_ms=("number", "in the service, milliseconds"))
 REFUSAL = _fields(error=("string", "what happened"), reason=("string", "the same as a code"), fix=("", "what to do, or null"),
                   request_id=("string", "of this request"))
-SCHEMAS = {"Answer": {"type": "object", "required": list(ANSWER), "properties": ANSWER},
+SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask")], "properties": ANSWER},
            "Refusal": {"type": "object", "required": list(REFUSAL), "properties": REFUSAL}}
 
 # %% ../../nbs/api/serve/05_pages.ipynb #d792aee9

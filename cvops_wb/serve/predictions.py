@@ -35,13 +35,16 @@ COLUMNS = {
     "predicted": "text", "confidence": "float64", "entropy_of_scores": "float64", "scores": "vector", "embedding": "vector",
     "brightness": "float64", "contrast": "float64", "sharpness": "float64", "entropy": "float64", "saturation": "float64",
     "width": "int64", "height": "int64", "bytes": "int64", "phash": "text", "latency_ms": "float64",
+    "arm": "text", "failed": "int64",                               # of a rollout, `id:challenger` or `id:baseline`; 1 if it could not answer
+    "objects": "text",      # what was found where, as JSON; empty where the task finds none
 }
 VECTORS = tuple(name for name, kind in COLUMNS.items() if kind == "vector")
 
 def to_row(answer: Answer, **request: Any) -> dict[str, Any]:
     "An answer and its request as a row of the log."
     return {"label": "", **request, "id": answer.id, "predicted": answer.label, "confidence": round(answer.confidence, 6),
-            "entropy_of_scores": round(answer.entropy, 6), "scores": pack(answer.scores), "embedding": pack(answer.embedding), **answer.statistics}
+            "entropy_of_scores": round(answer.entropy, 6), "scores": pack(answer.scores), "embedding": pack(answer.embedding), **answer.statistics,
+            **{name: json.dumps(value, separators=(",", ":"), ensure_ascii=False) for name, value in answer.more.items() if name in COLUMNS}}
 
 def pack(vector: np.ndarray) -> str:
     "Base64 of float32, little-endian."
@@ -152,7 +155,7 @@ def read_predictions(
         if newest is not None and (newest < 1 or len(times) >= newest and sorted(times)[-newest] > touched): break
         tables.append(read_segment(stem))
         times += tables[-1]["time"].to_pylist()
-    frame = pa.concat_tables(tables[::-1] or [to_table([])]).to_pandas().sort_values("time", kind="stable", ignore_index=True)
+    frame = pa.concat_tables(tables[::-1] or [to_table([])], promote_options="default").to_pandas().sort_values("time", kind="stable", ignore_index=True)
     return frame if newest is None else frame.tail(newest).reset_index(drop=True)
 
 def list_segments(folder: Path) -> list[tuple[Path, str]]:

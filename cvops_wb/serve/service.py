@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES', 'WAITING', 'UPLOADS', 'DRAIN_SECONDS', 'BUCKETS',
            'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'predict',
-           'look', 'tell_answer', 'send_reply', 'to_page', 'make_application', 'make_service', 'run_worker']
+           'look', 'ask', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page', 'make_application', 'make_service',
+           'run_worker']
 
 # %% ../../nbs/api/serve/06_service.ipynb #0b80654b
 import asyncio
@@ -16,20 +17,22 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from ..core.errors import BadImage, CvopsError, needs
-from ..core.files import read_json
+from ..core.files import join_within, read_json
 from ..core.processes import hush
 from ..core.settings import Serve, load_settings
 from .inference import Answer, Classifier, count_threads
 from .limits import BadRequest, Gate, check_caller, check_host, explain, read_tokens, read_upload
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
-from .verification import verify_model
+from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
+from .rollouts.traffic import Choice, Loaded, Traffic
+from .verification import VerifiedModel, verify_model
 
 # %% ../../nbs/api/serve/06_service.ipynb #212e55a0
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -127,6 +130,8 @@ class Application:
         tokens: tuple[bytes, ...] = (),
     ):
         self.folder, self.settings, self.log_folder, self.tokens = Path(folder), settings, Path(log), tokens
+        self.rollout = Path(os.environ.get("CVOPS_ROLLOUT") or self.log_folder.parent/"rollout")
+        self.models = Path(os.environ.get("CVOPS_MODELS") or self.folder)   # what a rollout's versions are relative to
         self.threads = count_threads(settings.threads, settings.workers)
         self.uploads, self.gate = Gate(UPLOADS), Gate(self.threads*(1 + WAITING))
         self.on_start: Callable[[], Any] = lambda: None
@@ -144,10 +149,21 @@ class Application:
         self.fixed = {"/": to_page(make_drop_page(facts)), "/docs": to_page(make_docs_page(facts)), "/openapi.json": to_reply(describe_api(facts)),
                       "/v1/models": to_reply({"models": [about]}), "/livez": to_reply({"live": True}),
                       "/readyz": to_reply({"ready": True, "version": self.version})}
-        self.classifier = Classifier(model, self.threads, self.settings.max_bytes, self.settings.max_megapixels)
+        self.classifier = self.open(model)
+        self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier, tell_time((self.folder/"service.json").stat().st_mtime)), self.load)
+        self.traffic.start()
+
+    def open(self, model: VerifiedModel) -> Classifier:
+        "A verified model, ready to be asked."
+        return Classifier(model, self.threads, self.settings.max_bytes, self.settings.max_megapixels)
+
+    def load(self, arm: Arm) -> Loaded:
+        "Another version than the packaged one, from the workbench's registry."
+        return Loaded(arm.version, arm.manifest_sha256[:16], self.open(verify_model(join_within(self.models, arm.model), arm.manifest_sha256)))
 
     def close(self) -> None:
         "Let the threads end, and go."
+        self.traffic.close()
         self.pool.shutdown()
         self.log.close()
 
@@ -204,22 +220,47 @@ async def predict(app: Application, request: Request) -> Reply:
 
 def look(app: Application, data: bytes, request: Request) -> Reply:
     "In a thread: the answer, its line in the log, its JSON."
-    try: answer = app.classifier.predict(data)
+    try: answer, choice = ask(app, data, request)
     finally: app.gate.leave()
-    latency = round((perf_counter() - request.begin)*1e3, 3)
-    caller = {name: request.headers.get(f"x-{name}", "").encode("latin-1").decode("utf-8", "replace")[:120] for name in ("camera", "caller")}
-    row = to_row(answer, request_id=request.id, time=request.time, version=app.version, model=app.model, latency_ms=latency, **caller)
-    if not app.log.append(row): app.metrics.lost.inc()
-    app.metrics.predictions.labels(app.version, answer.label).inc()
-    return to_reply({**tell_answer(answer, app.classifier.model.classes), "version": app.version, "model": app.model,
+    ours, latency = choice.loaded, round((perf_counter() - request.begin)*1e3, 3)
+    note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag))
+    if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
+    app.metrics.predictions.labels(ours.version, answer.label).inc()
+    return to_reply({**tell_answer(answer, ours.engine.model.classes), "version": ours.version, "model": ours.model,
                      "request_id": request.id, "time": request.time, "latency_ms": latency})
 
+def ask(app: Application, data: bytes, request: Request) -> tuple[Answer, Choice]:
+    "Whoever is to answer this caller; the champion if the challenger cannot."
+    choice = app.traffic.choose(request.headers.get("x-caller") or request.id)
+    try: return choice.loaded.engine.predict(data), choice
+    except BadImage: raise
+    except Exception:
+        if choice.arm != CHALLENGER: raise
+        logging.exception("version %s failed on request %s; the champion answers", choice.loaded.version, request.id)
+        note(app, request, choice.loaded, {"arm": choice.tag, "failed": 1})
+        return choice.fallback.engine.predict(data), replace(choice, loaded=choice.fallback, arm=CHAMPION, tag="")
+
+def shadow(app: Application, data: bytes, request: Request, loaded: Loaded, tag: str) -> None:
+    "In a thread, after the answer: what the challenger would have said, for the log alone."
+    begin, ours = perf_counter(), tag.replace(BASELINE, CHALLENGER)
+    try: row = to_row(loaded.engine.predict(data), latency_ms=round((perf_counter() - begin)*1e3, 3), arm=ours)
+    except Exception:
+        logging.exception("version %s failed in the shadow of request %s", loaded.version, request.id)
+        row = {"arm": ours, "failed": 1}
+    note(app, request, loaded, row)
+
+def note(app: Application, request: Request, loaded: Loaded, row: Mapping[str, Any]) -> None:
+    "A line in the log."
+    caller = {name: request.headers.get(f"x-{name}", "").encode("latin-1").decode("utf-8", "replace")[:120] for name in ("camera", "caller")}
+    known = {"request_id": request.id, "time": request.time, "version": loaded.version, "model": loaded.model, "label": "", "failed": 0, **caller}
+    if not app.log.append({**known, **row}): app.metrics.lost.inc()
+
 def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
-    "Label, confidence, the five best, and all scores."
+    "Label, confidence, the five best, all scores, and what the task adds."
     scores = [round(float(score), 6) for score in answer.scores]
     best = answer.scores.argsort()[::-1][:5]
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
-            "scores": dict(zip(classes, scores, strict=True))}
+            "scores": dict(zip(classes, scores, strict=True)), **answer.more}
 
 # %% ../../nbs/api/serve/06_service.ipynb #f5608748
 async def send_reply(send: Callable, reply: Reply, request: Request, max_bytes: int) -> None:

@@ -101,7 +101,7 @@ def parse_card(path: Path, raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as e: raise spoilt(path, e) from e
     card = card if isinstance(card, dict) else {}
     classes, size, temperature = card.get("classes"), card.get("size"), card.get("temperature")
-    right = isinstance(classes, list) and len(classes) > 1 and all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
+    right = isinstance(classes, list) and len(classes) > (card.get("task", "classification") == "classification") and all(isinstance(name, str) for name in classes) and len(set(classes)) == len(classes)
     if not right: raise spoilt(path, "`classes` must be a list of different names")
     if not isinstance(size, int) or not 8 <= size <= 4096: raise spoilt(path, f"`size` must be 8 to 4096 pixels, not {size!r}")
     if not isinstance(temperature, int | float) or not temperature > 0: raise spoilt(path, f"`temperature` must be above 0, not {temperature!r}")

@@ -18,7 +18,7 @@ from tqdm import tqdm  # noqa: E402
 from cvops_wb.core.errors import CvopsError  # noqa: E402
 from cvops_wb.core.progress import show_progress  # noqa: E402, F401
 from cvops_wb.core.settings import Settings  # noqa: E402
-from cvops_wb.data import images, inbox, intake, store  # noqa: E402, F401
+from cvops_wb.data import images, inbox, intake, shards, store  # noqa: E402, F401
 from cvops_wb.data.formats import Listing, walk_images  # noqa: E402
 
 
@@ -51,6 +51,9 @@ def plant(fault: str) -> None:
     if fault == "recover": store._recover = store._sweep
     if fault == "rename": os.replace = copy_in_place
     if fault == "hash": store.Store.holds = lambda self, sha256, data: self.find_blob(sha256) is not None
+    if fault == "note":
+        write = shards.write_atomic
+        shards.write_atomic = lambda path, content, durable=True: write(path, content, durable=False)
     if fault == "early":
         def commit(opened, origin, arrivals, kept=store._move):
             store._move = lambda *_: None
@@ -87,7 +90,8 @@ def work(job: dict) -> int:
     "One ingest. 0: done, 1: refused in good order."
     global told
     intake.CHUNK = job.get("chunk", 2)
-    if job.get("inline"): intake.ThreadPoolExecutor = store.ThreadPoolExecutor = Inline
+    if job.get("inline"): intake.ThreadPoolExecutor = store.ThreadPoolExecutor = shards.ThreadPoolExecutor = Inline
+    if job.get("pack"): shards.SHARD_BYTES, shards.WINDOW = job["pack"], 1
     plant(job.get("plant", ""))
     if job.get("clock"): step_clock(job["clock"])
     while job.get("go") and not os.access(job["go"], os.F_OK): time.sleep(.001)

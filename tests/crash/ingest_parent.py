@@ -62,6 +62,7 @@ def audit(root: Path, acks: dict[str, str]) -> list[str]:
     names = {kind: [p for p in (store/kind).rglob("*") if p.is_file()] for kind in ("blobs", "rejected")}
     sound = {kind: [p.stem for p in files if hashlib.sha256(p.read_bytes()).hexdigest() == p.stem] for kind, files in names.items()}
     wrong += [f"torn {kind}/{p.name}" for kind, files in names.items() for p in files if p.stem not in sound[kind]]
+    wrong += audit_packed(root/".cvops"/"cache"/"packed")
     rows = read_rows(store)
     if isinstance(rows, str): return [*wrong, rows] if acks else wrong
     images, rejected, arrived = rows
@@ -71,6 +72,18 @@ def audit(root: Path, acks: dict[str, str]) -> list[str]:
     wrong += [f"lost: an image without its source {sha}" for sha in images if sha not in arrived]
     wrong += [f"doubled {sha}" for sha, count in Counter(p.stem for p in names["blobs"]).items() if count > 1]
     return wrong + [f"doubled row {sha}" for sha, count in Counter(images).items() if count > 1]
+
+
+def audit_packed(folder: Path) -> list[str]:
+    "Shards that a note calls whole and that are not; one without a note is nobody's."
+    wrong = []
+    for note in folder.glob("*.json"):
+        shard = note.with_suffix(".tar")
+        try: md5 = json.loads(note.read_bytes())["md5"]
+        except (ValueError, KeyError): continue
+        data = shard.read_bytes() if shard.exists() else None
+        if data is not None and (hashlib.md5(data).hexdigest() != md5 or hashlib.sha256(data).hexdigest()[:32] != note.stem): wrong.append(f"torn packed/{note.stem}")
+    return wrong
 
 
 def read_rows(store: Path) -> tuple[list, set, set] | str:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,17 +105,44 @@ def sweep(bench: Bench, points, fault: str, prepare=lambda: None, until: str = "
     return took, wrong
 
 
-@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "grown"])
-def test_killed_at_every_call(bench, tmp_path, fresh):
+PACK = 2000     # bytes a shard: two of the source's images fill one
+
+
+@pytest.mark.parametrize("fresh, pack, sample", [(True, 0, 20), (False, 0, 20), (True, PACK, 20)], ids=["fresh", "grown", "packing"])
+def test_killed_at_every_call(bench, tmp_path, fresh, pack, sample):
     def prepare():
         if not fresh: bench.children.run(bench.job(inline=True, names=["0.jpg", "3.jpg"]))
     prepare()
-    points = list_points(bench, tmp_path/"trace", CALLS)
-    assert len(points) > 100
-    chosen = points if FULL else random.Random(0).sample(points, 20)
-    took, wrong = sweep(bench, chosen, "signal=KILL", prepare)
+    points = list_points(bench, tmp_path/"trace", CALLS, pack=pack)
+    assert len(points) > 100 and ("packed" in (tmp_path/"trace").read_text()) == bool(pack)
+    chosen = points if FULL else random.Random(0).sample(points, sample)
+    took, wrong = sweep(bench, chosen, "signal=KILL", prepare, pack=pack)
     assert wrong == []
     assert took == chosen
+
+
+@pytest.mark.parametrize("fault", ["error=ENOSPC", "error=EIO"])
+def test_packing_ahead_is_not_the_concern_of_the_ingest(bench, tmp_path, fault):
+    "A disk that fails under a shard: the ingest ends as if nothing was, all is acknowledged, and no half shard is called whole."
+    bench.children.trace(bench.job(pack=PACK), "-e", f"trace={CALLS}", out=tmp_path/"trace")
+    points = list_packing((tmp_path/"trace").read_text(errors="replace"))
+    bench.reset()
+    assert {call for call, _ in points} >= {"openat", "write", "fsync", "rename", "mkdir"}
+    chosen = points if FULL else points[::4]
+    took, wrong = sweep(bench, chosen, fault, pack=PACK)
+    assert wrong == [] and took == []
+
+
+def list_packing(trace: str) -> list[tuple[str, int]]:
+    "The calls of a trace that write a shard packed ahead, or its note, as (name, which)."
+    seen, points, held = Counter(), [], set()
+    for call, rest, result in re.findall(r"^\d+ +(\w+)\((.*)\) += +(-?\d+)", trace, re.M):
+        seen[call] += 1
+        number = rest.split(",")[0]
+        if "cache/packed" in rest or number in held: points.append((call, seen[call]))
+        if call == "openat" and "cache/packed" in rest: held.add(result)
+        if call == "close": held.discard(number)
+    return [point for point in points if point[0] != "close"]
 
 
 @pytest.mark.parametrize("fault", ["error=ENOSPC", "error=EIO"])
@@ -166,6 +194,14 @@ def test_power_lost_after_a_kill(bench, tmp_path):
 ])
 def test_power_loss_finds_what_is_planted(bench, tmp_path, fault, first, what):
     assert any(what in line for line in lose_power(bench, tmp_path, 100, late=True, plant=fault, first=first))
+
+
+def test_power_lost_while_packing(bench, tmp_path):
+    assert list(lose_power(bench, tmp_path, 500 if FULL else 25, pack=PACK)) == []
+
+
+def test_power_loss_finds_a_note_that_comes_before_its_shard(bench, tmp_path):
+    assert any("torn packed" in line for line in lose_power(bench, tmp_path, 100, pack=PACK, plant="note"))
 
 
 def test_kills_find_a_rename_that_is_none(bench, tmp_path):

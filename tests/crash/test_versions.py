@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from test_data_snapshots import make_bench
+from test_data_snapshots import make_bench, select
 
 from cvops_wb.core.errors import BadRecord
 from cvops_wb.core.settings import load_settings
-from cvops_wb.data.snapshots import read_pointer, version_data
+from cvops_wb.data import shards
+from cvops_wb.data.snapshots import find_snapshot, open_snapshot, read_current, read_pointer, version_data
+from cvops_wb.data.store import read_blob, read_samples
 from cvops_wb.data.versions import integrity
-from cvops_wb.data.versions.integrity import pull_data
+from cvops_wb.data.versions.integrity import check_data, pull_data
 from cvops_wb.data.versions.objects import Objects, Report, read_listing
 
 FULL = bool(os.environ.get("CVOPS_FULL"))
@@ -114,6 +116,46 @@ def test_add_and_push_that_are_killed(bench, tmp_path):
         pull_data()
         assert read_all(bench) == wanted
     assert killed >= (.5*len(chosen) if FULL else 1)
+
+
+SNAPSHOT = """
+from cvops_wb.core.settings import load_settings
+from cvops_wb.data.snapshots import locked, record_version
+from cvops_wb.data.store import read_samples
+settings = load_settings()
+table = read_samples("{samples}").sort_values("id", ignore_index=True)
+with locked(settings): record_version(settings, table, "first")
+"""
+
+
+def test_a_snapshot_of_shards_packed_ahead_that_is_killed(photos, tmp_path, monkeypatch):
+    "No version or a whole one; every image can be read, and the next call ends the work, whatever of the shards was taken in."
+    settings = make_bench(tmp_path/"bench")
+    monkeypatch.setenv("CVOPS_ROOT", str(settings.root))
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(shards, "WINDOW", 1)
+    selection = select(settings, photos)
+    ahead, start = settings.cache/shards.AHEAD, tmp_path/"start"
+    packed = {path.name for path in ahead.glob("*.tar")}
+    # links, not copies: a note knows its shard by the inode
+    subprocess.run(["cp", "-al", settings.root, start], check=True)
+    program = SNAPSHOT.format(samples=selection.samples)
+    points = list_points(program, tmp_path)
+    version, rows = read_current(settings), read_samples(selection.samples, settings)
+    assert len(packed) >= 4 and packed < {path.name for path in (settings.versioned/"shards").glob("*.tar")} and not list(ahead.iterdir())
+    killed, chosen = 0, random.Random(3).sample(points, 80 if FULL else 3)
+    for at in chosen:
+        shutil.rmtree(settings.root)
+        subprocess.run(["cp", "-al", start, settings.root], check=True)
+        killed += kill_at(program, at)
+        assert read_current(settings) in ("", version) and (not read_pointer(settings) or read_current(settings) == version), f"at call {at}"
+        listing = read_listing(Objects(settings, Report()), read_pointer(settings)) if read_pointer(settings) else {}
+        assert all(Objects(settings, Report()).find(md5, name) for name, md5 in listing.items()), f"at call {at}"
+        assert all(len(read_blob(row, settings)) == row.bytes for row in rows.itertuples()), f"at call {at}"
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+        assert read_current(settings) == version and check_data(settings) == [] and not list(settings.versioned.rglob("*.part")), f"at call {at}"
+        assert all(len(open_snapshot(find_snapshot()).read(row.id)) == row.bytes for row in rows.itertuples())
+    assert killed >= .5*len(chosen)
 
 
 def test_the_suite_sees_a_planted_bug(bench, monkeypatch):

@@ -21,20 +21,24 @@ from .archives import SUFFIXES, Caps, prepare_archive, read_inside
 # %% ../../../nbs/api/data/formats/21_remotes.ipynb #7024c21d
 EXTRAS = {"s3": "s3", "s3a": "s3", "memory": "curate"}    # scheme → the extra that brings it
 
-def open_remote(source: str) -> tuple[Any, str]:
+def open_remote(
+    source: str,
+    endpoint: str = "",     # of an S3 server that is not Amazon's; AWS_ENDPOINT_URL does as well
+) -> tuple[Any, str]:
     "The file system of an address, and the path in it; `MissingTool` if its package is not installed."
     scheme, _, rest = source.partition("://")
     if scheme not in EXTRAS or not rest: raise WrongUsage("this is no address of an object store", got=source, fix="write s3://bucket/prefix")
     if "@" in rest.split("/")[0]: raise WrongUsage("an address must not hold credentials", got=f"{scheme}://…", fix="give them by environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     try:
         import fsspec
-        return fsspec.filesystem(scheme), rest.rstrip("/")
+        options = {"client_kwargs": {"endpoint_url": endpoint}} if endpoint and scheme != "memory" else {}
+        return fsspec.filesystem(scheme, **options), rest.rstrip("/")
     except (ImportError, ValueError) as e:
         raise MissingTool(f"reading {scheme}:// needs a package that is not installed", got=str(e), fix=f'pip install "cvops-wb[{EXTRAS[scheme]}]"') from e
 
 def list_remote(source: str, caps: Caps = Caps()) -> list[tuple[str, int, str]]:
     "Path, size and version of each file; `BadInput` if there is none, or too much."
-    system, place = open_remote(source)
+    system, place = open_remote(source, load_settings().data.endpoint)
     try:
         system.invalidate_cache()   # else it remembers what it saw a while ago
         found = system.find(place, detail=True)
@@ -49,7 +53,7 @@ def list_remote(source: str, caps: Caps = Caps()) -> list[tuple[str, int, str]]:
 # %% ../../../nbs/api/data/formats/21_remotes.ipynb #647e9758
 def prepare_remote(source: str) -> Path:
     "The folder with a copy of the files, fetched if the cache does not hold it whole."
-    files, (system, place) = list_remote(source), open_remote(source)
+    files, (system, place) = list_remote(source), open_remote(source, load_settings().data.endpoint)
     folder = load_settings().cache/"remotes"/hash_value([source, files])[:16]
     if (folder/".complete").is_file(): return folder/"files"
     shutil.rmtree(folder, ignore_errors=True)

@@ -178,9 +178,9 @@ def _purge(settings: Settings, gone: list[str]) -> dict[str, Any]:
     "Delete the objects that held the images, and every list that names them; then send the new version."
     objects = Objects(settings, Report())
     count = sum(_purge_folder(folder, set(gone)) for folder in (objects.cache, objects.remote) if folder and folder.is_dir())
-    if objects.remote is None: return {"objects": count, "remote": f"not erased there: {settings.data.remote}; push, then `dvc gc --workspace --cloud`"}
-    if objects.remote.is_dir(): push_objects(settings, read_pointer(settings))
-    return {"objects": count, "remote": settings.data.remote}
+    if objects.bucket: count += objects.bucket.purge(set(gone))
+    if objects.bucket or objects.remote.is_dir(): push_objects(settings, read_pointer(settings))
+    return {"objects": count, "remote": settings.data.remote + (", but for versions that the bucket itself keeps" if objects.bucket else "")}
 
 def _purge_folder(folder: Path, gone: set[str]) -> int:
     lists = [path for path in folder.glob("??/*.dir") if gone & {entry.get("md5") for entry in _read_list(path)}]

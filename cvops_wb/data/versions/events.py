@@ -40,6 +40,7 @@ def append_events(settings: Settings, kind: str, bodies: Sequence[dict[str, Any]
     "Several events more: all of them or none."
     with _alone(settings):
         events = read_events(settings, kind)
+        for left in _place(settings, kind).parent.glob(f".{kind}.jsonl.*.part"): left.unlink()    # of a write that was killed
         now, count = datetime.now(timezone.utc).isoformat(timespec="seconds"), len(events)
         for body in bodies:
             event = {"time": now, "by": getpass.getuser(), **body, "previous": events[-1]["id"] if events else ""}

@@ -18,13 +18,14 @@ from ...core.errors import BadInput, NoRoom
 from ...core.files import hash_file, join_within
 from ...core.records import Snapshot
 from ...core.settings import Settings, load_settings
-from ..snapshots import digest_table, find_snapshot, locked, make_current, run_dvc
+from ..snapshots import digest_table, find_snapshot, locked, make_current
 from .objects import Damage, Objects, Report, matches, read_listing, read_pointer, sync_file, tell_lost
 
 # %% ../../../nbs/api/data/versions/04_integrity.ipynb #1d89ecfc
 def bring(settings: Settings, objects: Objects, files: dict[str, str]) -> None:
     "Put verified files into `data/`; all objects are found before the first file is touched."
-    report, found = objects.report, {name: objects.find(md5, name) for name, md5 in files.items()}
+    with ThreadPoolExecutor(8 if objects.bucket else 1) as pool: places = pool.map(lambda item: objects.find(item[1], item[0]), files.items())
+    report, found = objects.report, dict(zip(files, places))
     report.files += len(files)
     if not all(found.values()): raise tell_lost(report.damages)
     for left in settings.versioned.rglob(".*.part"): left.unlink(missing_ok=True)
@@ -71,16 +72,9 @@ def pull_data() -> Report:
     if not digest: raise BadInput("there is no data.dvc that names a version", got=settings.root, fix="`git pull` brings it, or `cvops snapshot` makes one")
     with locked(settings):
         objects = Objects(settings, report)
-        if objects.remote is None: _fetch(settings, objects)
         bring(settings, objects, read_listing(objects, digest))
         os.utime(objects.cache/digest[:2]/digest[2:])   # what was verified now need not be hashed for the next version
     return report
-
-def _fetch(settings: Settings, objects: Objects) -> None:
-    "Take what is damaged out of the cache, so that DVC fetches it again, then let it fetch."
-    for path in objects.cache.glob("??/*"):
-        if not matches(path, path.parent.name + path.name): path.unlink()
-    run_dvc(settings, ["fetch", "data.dvc"])
 
 # %% ../../../nbs/api/data/versions/04_integrity.ipynb #fb6bfbab
 def check_data(settings: Settings, names: Iterable[str] | None = None) -> list[Damage]:

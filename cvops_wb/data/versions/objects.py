@@ -14,11 +14,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from ...core.errors import BadRecord, NoRoom, ToolFailed
 from ...core.settings import Settings
+from .buckets import Bucket
 
 # %% ../../../nbs/api/data/versions/03_objects.ipynb #cad41274
 @dataclass(frozen=True)
@@ -57,18 +60,25 @@ class Objects:
         self.root, self.cache = settings.root, settings.root/".dvc"/"cache"/"files"/"md5"
         place = settings.data.remote
         self.remote = None if "://" in place else (settings.root/place)/"files"/"md5"
+        self._address = (place, settings.data.endpoint)
         self.report = report
+
+    @cached_property
+    def bucket(self) -> Bucket | None:
+        "The remote, where it is no folder."
+        return None if self.remote else Bucket(*self._address)
 
     def find(self, md5: str, name: str) -> Path | None:
         "The verified object in the cache, brought from the remote if needed; None if there is no good copy."
         path = self.cache/md5[:2]/md5[2:]
         if matches(path, md5): return path
         found = [Damage("cache", name, "damaged")] if path.exists() else []
-        good = any(copy_object(source, path, md5) for source in self._list_sources(md5, name))
-        if not good and self.remote: found.append(Damage("remote", name, "damaged" if (self.remote/md5[:2]/md5[2:]).exists() else "missing"))
-        if not good and not found: found.append(Damage("cache", name, "missing"))
+        good = any(copy_object(source, path, md5) for source in self._list_sources(md5, name)) or bool(self.bucket and self.bucket.fetch(md5, path))
+        if not good: found.append(Damage("remote", name, "damaged" if self._is_sent(md5) else "missing"))
         self.report.damages += [Damage(d.place, d.name, d.what, good) for d in found]
         return path if good else None
+
+    def _is_sent(self, md5: str) -> bool: return self.bucket.has(md5) if self.bucket else (self.remote/md5[:2]/md5[2:]).exists()
 
     def _list_sources(self, md5: str, name: str) -> list[Path]:
         return [self.root/"data"/name, *([self.remote/md5[:2]/md5[2:]] if self.remote else [])]
@@ -120,19 +130,30 @@ def tell_lost(damages: Iterable[Damage]) -> BadRecord:
 # %% ../../../nbs/api/data/versions/03_objects.ipynb #76756bc8
 def push_objects(settings: Settings, digest: str) -> int:
     "Send what the remote, a folder, lacks of a version; returns how many objects were sent."
-    objects, sent = Objects(settings, Report()), 0
+    objects = Objects(settings, Report())
     try:
         files = read_listing(objects, digest)
-        for md5, name in {**{md5: name for name, md5 in files.items()}, digest: "the list of files"}.items():
-            sent += _send(objects, md5, name)
+        wanted = {md5: name for name, md5 in files.items()}
+        there = objects.bucket.list_sizes() if objects.bucket else {}
+        with ThreadPoolExecutor(8 if objects.bucket else 1) as pool: sent = sum(pool.map(lambda item: _send(objects, *item, there), wanted.items()))
+        sent += _send(objects, digest, "the list of files", there)      # last: what it names is there
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise NoRoom("the disk is full; the version before is untouched", got=e, fix="free some space (`cvops clean` empties caches)") from e
         fix = f"check [data] remote in settings.ini ({settings.data.remote}), or go without: -p push=false"
         raise ToolFailed("the data could not be pushed", got=e, fix=fix) from e
+    except ToolFailed as e: raise ToolFailed("the data could not be pushed", got=e.got, fix=f"{e.fix}; or go without: -p push=false") from e
     return sent
 
-def _send(objects: Objects, md5: str, name: str) -> bool:
+def _send(objects: Objects, md5: str, name: str, there: dict[str, int]) -> bool:
+    if not objects.bucket: return _copy_to(objects, md5, name)
+    source = objects.cache/md5[:2]/md5[2:]
+    if source.is_file() and there.get(md5) == source.stat().st_size: return False
+    if not objects.find(md5, name): raise tell_lost(objects.report.damages)
+    objects.bucket.send(source, md5)
+    return True
+
+def _copy_to(objects: Objects, md5: str, name: str) -> bool:
     source, target = objects.cache/md5[:2]/md5[2:], objects.remote/md5[:2]/md5[2:]
     if target.is_file() and source.is_file() and target.stat().st_size == source.stat().st_size: return False
     if copy_object(source, target, md5): return True

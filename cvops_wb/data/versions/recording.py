@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...core.errors import BadRecord, NoRoom, ToolFailed
-from ...core.files import write_atomic
+from ...core.files import sync_folder, write_atomic
 from ...core.processes import call
 from ...core.settings import Settings
+from ..shards import AHEAD, recall_hash
 from .objects import Objects, Report, is_untouched, matches, read_listing, read_pointer, sync_file
 
 # %% ../../../nbs/api/data/versions/06_recording.ipynb #9f9edbb6
@@ -28,7 +29,10 @@ def add_data(settings: Settings, before: str) -> str:
     objects, root = Objects(settings, Report()), settings.versioned
     known, since, begin = _read_known(objects, before), _tell_age(objects, before), time.time_ns()
     names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and not p.name.endswith(".part"))
-    with ThreadPoolExecutor(4) as pool: found = dict(zip(names, pool.map(lambda name: _add_file(objects, root/name, known.get(name), since), names)))
+    add = lambda name: _add_file(objects, root/name, known.get(name), since, settings.cache/AHEAD)
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(names, pool.map(add, names)))
+        list(pool.map(sync_folder, {objects.cache/md5[:2] for name, md5 in found.items() if known.get(name) != md5}))
     listing = dump_listing(found.items())
     digest = hashlib.md5(listing).hexdigest() + ".dir"
     place = objects.cache/digest[:2]/digest[2:]
@@ -52,15 +56,19 @@ def _tell_age(objects: Objects, digest: str) -> int:
     return place.stat().st_mtime_ns if digest and place.exists() else 0
 
 # %% ../../../nbs/api/data/versions/06_recording.ipynb #71485405
-def _add_file(objects: Objects, path: Path, known: str | None, since: int) -> str:
+def _add_file(objects: Objects, path: Path, known: str | None, since: int, ahead: Path) -> str:
     "See that a file is an object of the cache; returns its MD5."
     if known and is_untouched(path, objects.cache/known[:2]/known[2:], since): return known
-    with open(path, "rb") as file: md5 = hashlib.file_digest(file, "md5").hexdigest()
+    noted = recall_hash(ahead, path) if path.suffix == ".tar" else ""     # hashed and synced when it was packed
+    md5 = noted or _hash(path)
     place = objects.cache/md5[:2]/md5[2:]
-    if not (place.exists() and place.stat().st_size == path.stat().st_size and matches(place, md5)): _link(path, place)
+    if not (place.exists() and place.stat().st_size == path.stat().st_size and matches(place, md5)): _link(path, place, not noted)
     return md5
 
-def _link(path: Path, place: Path) -> None:
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file: return hashlib.file_digest(file, "md5").hexdigest()
+
+def _link(path: Path, place: Path, sync: bool) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f".{place.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
@@ -68,7 +76,7 @@ def _link(path: Path, place: Path) -> None:
     try:
         try: os.link(path, part)
         except OSError: shutil.copyfile(path, part)
-        sync_file(part)
+        if sync: sync_file(part)
         os.replace(part, place)
     except OSError as e: raise NoRoom("an object of the data cannot be written; the version before is untouched", got=e, fix="free some space, and run it again") from e
 

@@ -24,6 +24,7 @@ class Network(nn.Module):
     head: nn.Linear         # embeddings to logits
     dropout: nn.Module      # before the head, in training
     feature_width: int      # D
+    task: str = "classification"    # what its head is made for
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         "Embeddings (N, D)."
@@ -32,6 +33,11 @@ class Network(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         "Logits (N, K)."
         return self.head(self.dropout(self.features(images)))
+
+    def answer(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "What is exported: here logits (N, K) and embeddings (N, D)."
+        embedding = self.features(images)
+        return self.head(embedding), embedding
 
 class Assembled(Network):
     "A network made of any body and a head."
@@ -48,7 +54,7 @@ class Assembled(Network):
 
 # %% ../../../nbs/api/learn/networks/00_init.ipynb #4fe59158
 class Served(nn.Module):
-    "uint8 images (N, S, S, 3), RGB, to logits (N, K) and embeddings (N, D)."
+    "uint8 images (N, S, S, 3), RGB, to what the network answers: logits (N, K) or boxes (N, M, 6), and embeddings (N, D)."
 
     def __init__(self, network: Network):
         super().__init__()
@@ -58,8 +64,7 @@ class Served(nn.Module):
             self.register_buffer(name, value.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        embedding = self.network.features((images.permute(0, 3, 1, 2).float()/255 - self.mean)/self.std)
-        return self.network.head(embedding), embedding
+        return self.network.answer((images.permute(0, 3, 1, 2).float()/255 - self.mean)/self.std)
 
 # %% ../../../nbs/api/learn/networks/00_init.ipynb #b262533d
 def check_weights_file(path: Path | str) -> Path:

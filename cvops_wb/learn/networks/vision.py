@@ -11,8 +11,9 @@ from urllib.error import URLError
 import torch
 from torch import nn
 
-from ...core.errors import CvopsError, UnknownName, needs
+from ...core.errors import CvopsError, UnknownName, WrongUsage, needs
 from . import NETWORKS, Assembled, Network, fill
+from .dense import build_dense, list_dense
 
 # %% ../../../nbs/api/learn/networks/02_vision.ipynb #4fc68767
 def list_architectures() -> list[str]:
@@ -53,9 +54,13 @@ def build_vision(
     size: int,          # pixels; a vision transformer is built for it
     weights: str = "",  # `DEFAULT`, `IMAGENET1K_V1`, … or empty
 ) -> Network:
-    "One of torchvision's classification architectures."
+    "One of torchvision's architectures: for classification, or by its name for detection or segmentation."
     with needs("train"): from torchvision import models
-    known = list_architectures()
+    dense, known = list_dense(), list_architectures()
+    if any(variant in names for names in dense.values()):
+        if weights: raise WrongUsage("weights of detectors and segmenters are read from a file only", got=weights, fix="give a .safetensors file, or leave it empty")
+        return build_dense(variant, classes, size)
+    known += [name for names in dense.values() for name in names]
     if variant not in known: raise UnknownName("architecture of torchvision", variant, known, fix="write it as torchvision:resnet18")
     model = models.get_model(variant, weights=None, **({"image_size": size} if variant.startswith("vit_") else {}))
     head = take_head(model)

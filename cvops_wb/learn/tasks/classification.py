@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from . import TASKS
+from . import TASKS, Task
 
 # %% ../../../nbs/api/learn/tasks/01_classification.ipynb #6f5b824e
 def softmax(logits: np.ndarray, temperature: float = 1.) -> np.ndarray:
@@ -90,17 +91,37 @@ def measure_classes(scores: np.ndarray, targets: np.ndarray, classes: Sequence[s
 
 # %% ../../../nbs/api/learn/tasks/01_classification.ipynb #2f2f30ff
 @TASKS.register("classification")
-class Classification:
+class Classification(Task):
     "One label an image."
     outputs = ("logits", "embedding")
-    main_metric = "accuracy"
-    calibrate, to_scores = staticmethod(fit_temperature), staticmethod(softmax)
+    main_metric, truth = "accuracy", "label"
+    network, size, batch = "small_resnet", 128, 64
     measure, measure_classes = staticmethod(measure), staticmethod(measure_classes)
 
-    def to_targets(self, labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-        "Class indices (N,) int64; −1 for a label that is none of `classes`."
+    def to_targets(self, rows: pd.DataFrame | Sequence[str], classes: Sequence[str], size: int = 0) -> np.ndarray:
+        "Class indices (N,) int64 of samples or labels; −1 for a label that is none of `classes`."
         index = {name: k for k, name in enumerate(classes)}
-        return np.array([index.get(label, -1) for label in labels], np.int64)
+        return np.array([index.get(label, -1) for label in (rows["label"] if isinstance(rows, pd.DataFrame) else rows)], np.int64)
+
+    def to_scores(self, raw: np.ndarray, temperature: float = 1., rows: pd.DataFrame | None = None, size: int = 0) -> np.ndarray:
+        "Probabilities (N, K)."
+        return softmax(raw, temperature)
+
+    def calibrate(self, raw: np.ndarray, targets: np.ndarray, rows: pd.DataFrame | None = None, size: int = 0) -> float:
+        "The temperature with the least log loss."
+        return fit_temperature(raw, targets)
+
+    def rate(self, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        "How right each image is, (N,): here yes or no."
+        return scores.argmax(1) == targets
+
+    def pack(self, scores: np.ndarray) -> list[np.ndarray]:
+        "Scores as cells of a table: flat float32."
+        return list(np.asarray(scores, np.float32))
+
+    def unpack(self, cells: Sequence[Any]) -> np.ndarray:
+        "Scores out of the cells of a table."
+        return np.stack([np.asarray(cell, np.float32) for cell in cells])
 
     def to_columns(self, scores: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         "What a table says of each sample: predicted, confidence, entropy_of_scores."

@@ -1,0 +1,341 @@
+"Rollouts: whatever is done in whatever order, with a crash at any point, the file is whole, the champion answers, and nothing unproven is promoted."
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from cvops_wb.core.errors import BadModel, BadRecord, WrongUsage
+from cvops_wb.serve.rollouts import states as rollouts
+from cvops_wb.serve.rollouts.controller import Controller, LogReader, alone
+from cvops_wb.serve.rollouts.evidence import Evidence, RolloutSpec, decide
+from cvops_wb.serve.rollouts.states import (
+    BASELINE,
+    CHALLENGER,
+    CHAMPION,
+    HOLDING,
+    IDLE,
+    RUNNING,
+    Arm,
+    Rollout,
+    RolloutFile,
+    abort,
+    advance,
+    choose_arm,
+    end,
+    parse_rollout,
+    place_caller,
+    promote,
+    read_boot,
+    start,
+)
+from cvops_wb.serve.rollouts.traffic import Loaded, Traffic
+
+FULL = bool(os.environ.get("CVOPS_FULL"))
+ARMS = [Arm(k, f"registry/{k}", f"{k:02}"*4) for k in range(1, 5)]
+
+
+class Crash(BaseException): "The plug was pulled."
+
+
+class Machine(RuleBasedStateMachine):
+    "Operations in any order; each may crash before, between or after its writes."
+    torn = staticmethod(lambda path, content: None)
+
+    def __init__(self):
+        super().__init__()
+        self.file, self.champion, self.started = RolloutFile(mkdtemp()), ARMS[0], 0
+        self.proven = {ARMS[0]}     # versions that were promoted, or were there from the start
+
+    def do(self, how, *arguments, crash=None):
+        writes, real = [], rollouts.write_atomic
+
+        def write(path, content, durable=True):
+            writes.append(path)
+            if crash == 2*len(writes) - 2: raise Crash
+            real(path, content, durable)
+            if crash == 2*len(writes) - 1: raise Crash
+        rollouts.write_atomic = write
+        try: return self.file.change(how, *arguments)
+        except Crash: return None
+        finally: rollouts.write_atomic = real
+
+    crashes = st.one_of(st.none(), st.integers(0, 5))
+
+    @rule(k=st.integers(0, 3), crash=crashes, shadow=st.booleans())
+    def start(self, k, crash, shadow):
+        state = self.file.read()
+        champion = state.champion or ARMS[0]
+        self.started += 1
+        try: self.do(lambda now: start(now, champion, ARMS[k], f"r{self.started}", shadow=shadow), crash=crash)
+        except WrongUsage: assert state.phase == RUNNING or ARMS[k] == champion
+
+    @rule(crash=crashes)
+    def advance(self, crash):
+        state = self.file.read()
+        try: self.do(advance, "fine", crash=crash)
+        except WrongUsage: assert state.phase != RUNNING
+
+    @rule(crash=crashes)
+    def promote(self, crash):
+        state = self.file.read()
+        if state.challenger: self.proven.add(state.challenger)
+        try: self.do(promote, "proven", crash=crash)
+        except WrongUsage: assert state.phase != RUNNING
+
+    @rule(crash=crashes)
+    def abort(self, crash):
+        before = self.file.read()
+        after = self.do(abort, "bad", crash=crash)
+        if after is None: return
+        assert after.phase == IDLE and after.share == 0
+        if before.phase == RUNNING: assert after.champion == before.champion
+        if before.phase == HOLDING: assert after.champion == before.previous
+        assert self.file.change(abort) == after     # once more changes nothing
+
+    @rule(crash=crashes)
+    def end(self, crash): self.do(end, crash=crash)
+
+    @rule()
+    def renew(self): assert self.file.renew(self.file.read().id) == (self.file.read().phase == RUNNING)
+
+    @invariant()
+    def is_whole(self):
+        state = self.file.read()
+        assert state.phase in (IDLE, RUNNING, HOLDING)
+        assert (state.phase == RUNNING) == (state.challenger is not None)
+        assert state.champion is None or state.champion in self.proven
+        assert state.share <= .5 and (state.phase == RUNNING or state.share == 0)
+        for k in range(8):
+            arm = choose_arm(state, f"caller {k}", time.monotonic(), read_boot())
+            assert state.phase == RUNNING or arm == CHAMPION
+            assert choose_arm(state, f"caller {k}", state.lease + .001, read_boot()) == CHAMPION
+
+    @invariant()
+    def history_is_whole(self):
+        state, events = self.file.read(), self.file.history()
+        assert [event["number"] for event in events] == list(range(1, state.number + 1))
+        if events: assert (events[-1]["event"], events[-1]["rollout"]) == (state.event, state.id)
+
+
+def run_machine(machine, count):
+    run_state_machine_as_test(machine, settings=settings(max_examples=count, stateful_step_count=50, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+                                                         suppress_health_check=list(HealthCheck)))
+
+
+def test_any_order_with_a_crash_at_any_point():
+    run_machine(Machine, 5000 if FULL else 25)
+
+
+class Forgetful(Machine):
+    "Planted: the history is not filled up after a crash."
+    def __init__(self):
+        super().__init__()
+        self.file.fill_up = lambda state: None if state.number % 3 == 0 else RolloutFile.fill_up(self.file, state)
+
+
+class Careless(Machine):
+    "Planted: an abort of a promoted version leaves it in place."
+    def do(self, how, *arguments, crash=None):
+        def keep(state, *given): return replace(how(state, *given), champion=state.champion)
+        return super().do(keep if how is abort else how, *arguments, crash=crash)
+
+
+@pytest.mark.parametrize("machine", [Forgetful, Careless])
+def test_a_planted_fault_is_noticed(machine):
+    with pytest.raises(AssertionError): run_machine(machine, 60)
+
+
+def test_callers_stay_where_they_are_and_shares_are_what_they_say():
+    state = Rollout(ARMS[0], ARMS[1], phase=RUNNING, id="r", lease=10., boot="b")
+    places = np.array([place_caller("r", f"caller {k}") for k in range(20_000)])
+    assert abs(np.histogram(places, 20, (0, 1))[0] - 1000).max() < 150
+    before = set()
+    for step, share in enumerate(state.steps):
+        arms = {key: choose_arm(replace(state, step=step), key, 1., "b") for key in (f"caller {k}" for k in range(20_000))}
+        ours = {key for key, arm in arms.items() if arm == CHALLENGER}
+        assert abs(len(ours)/20_000 - share) < .01 and abs(sum(arm == BASELINE for arm in arms.values())/20_000 - share) < .01
+        assert before <= ours       # who had the challenger keeps it
+        before = ours
+
+
+@pytest.mark.parametrize("value", [[], "x", {"champion": 3}, {"champion": {"version": 1}}, {"steps": 3}])
+def test_a_damaged_file_is_named(value):
+    with pytest.raises((BadRecord, TypeError)) as e: parse_rollout(value)
+    assert isinstance(e.value, BadRecord)
+
+
+def make_traffic(folder, broken=()):
+    def load(arm):
+        if arm.version in broken: raise BadModel("refused", got=arm.model)
+        return Loaded(arm.version, arm.manifest_sha256, None)
+    return Traffic(folder, Loaded(1, ARMS[0].manifest_sha256, None), load)
+
+
+def test_a_worker_follows_and_a_version_that_does_not_load_gets_nobody(tmp_path):
+    good, bad = make_traffic(tmp_path), make_traffic(tmp_path, broken=(2,))
+    for traffic in (good, bad): traffic.start()
+    try:
+        good.file.change(start, ARMS[0], ARMS[1], "r", (.5,))
+        deadline = time.monotonic() + 20
+        while {good.choose(f"{k}").arm for k in range(50)} == {CHAMPION} and time.monotonic() < deadline: time.sleep(.05)
+        assert {good.choose(f"{k}").arm for k in range(50)} == {BASELINE, CHALLENGER}
+        assert {good.choose(f"{k}").fallback.version for k in range(50)} == {1}
+        while bad.seen is None and time.monotonic() < deadline: time.sleep(.05)
+        assert {bad.choose(f"{k}").loaded.version for k in range(50)} == {1}
+        good.file.path.write_text("{torn")
+        time.sleep(.5)
+        assert good.choose("x").loaded.version in (1, 2)    # a file that cannot be read changes nothing
+    finally:
+        for traffic in (good, bad): traffic.close()
+
+
+@pytest.mark.parametrize("since, version", [("", 2), ("2020-01-01T00:00:00Z", 2), ("2999-01-01T00:00:00Z", 1)])
+def test_a_package_that_was_made_after_a_promotion_answers(tmp_path, since, version):
+    file = RolloutFile(tmp_path)
+    for change in ((start, ARMS[0], ARMS[1], "r"), (promote,), (end,)): file.change(*change)
+    traffic = Traffic(tmp_path, Loaded(1, ARMS[0].manifest_sha256, None, since), lambda arm: Loaded(arm.version, arm.manifest_sha256, None))
+    traffic.look()
+    assert traffic.choose("x").loaded.version == version
+
+
+def write_rows(log, name, count, rng, failing=.01, slower=1., wrong=None):
+    "Answers of both arms as the service writes them."
+    log.mkdir(parents=True, exist_ok=True)
+    with open(log/"20260101T000000-0-1.jsonl", "a") as file:
+        for _ in range(count):
+            for arm in (BASELINE, CHALLENGER):
+                ours = arm == CHALLENGER
+                row = {"request_id": f"{arm}{file.tell()}", "arm": f"{name}:{arm}", "failed": int(rng.random() < (failing if ours else .01)),
+                       "latency_ms": rng.lognormal(2, .3)*(slower if ours else 1), "predicted": "tea"}
+                file.write(json.dumps(row) + "\n")
+
+
+def make_controller(tmp_path, **options):
+    heard = []
+    controller = Controller(tmp_path/"rollout", tmp_path/"log", RolloutSpec(step_seconds=0., **options), heard.append)
+    controller.file.change(start, ARMS[0], ARMS[1], "r1", (.05, .5))
+    return controller, heard
+
+
+def test_a_good_version_is_promoted_and_told(tmp_path):
+    controller, heard = make_controller(tmp_path, hold=0.)
+    rng, states = np.random.default_rng(0), []
+    for _ in range(40):
+        write_rows(tmp_path/"log", "r1", 60, rng)
+        states.append(controller.tick())
+        if states[-1].phase != RUNNING: break
+    assert states[-1].phase == HOLDING and states[-1].champion == ARMS[1] and states[-1].previous == ARMS[0]
+    assert controller.tick().phase == IDLE
+    assert [state.event for state in heard] == ["start", "step", "promote", "end"]
+    assert "no worse" in heard[2].reason
+
+
+@pytest.mark.parametrize("worse, said", [({"failing": .3}, "fails in"), ({"slower": 1.6}, "slow")])
+def test_a_bad_version_is_gone_and_the_reason_is_said(tmp_path, worse, said):
+    controller, heard = make_controller(tmp_path)
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        write_rows(tmp_path/"log", "r1", 10, rng, **worse)
+        if controller.tick().phase == IDLE: break
+    assert heard[-1].event == "abort" and said in heard[-1].reason and heard[-1].champion == ARMS[0]
+    assert controller.evidence.pairs < 300
+
+
+def test_what_is_inconclusive_is_not_promoted(tmp_path):
+    controller, heard = make_controller(tmp_path, deadline=.5)
+    write_rows(tmp_path/"log", "r1", 30, np.random.default_rng(2))
+    controller.tick()
+    time.sleep(2.1)     # the file's times are whole seconds
+    assert controller.tick().phase == IDLE and heard[-1].event == "abort" and "inconclusive" in heard[-1].reason
+
+
+def test_feedback_counts(tmp_path):
+    controller = Controller(tmp_path/"rollout", tmp_path/"log", RolloutSpec(step_seconds=0., feedback=True), None, tmp_path/"feedback")
+    controller.file.change(start, ARMS[0], ARMS[1], "r1", (.5,))
+    write_rows(tmp_path/"log", "r1", 200, np.random.default_rng(3))
+    assert controller.tick().phase == RUNNING and controller.evidence.open == ["wrong"]      # not promoted: the truth was asked for
+    (tmp_path/"feedback").mkdir()
+    with open(tmp_path/"feedback"/"20260101T000000-0-1.jsonl", "w") as file:
+        for row in LogReader(tmp_path/"log").read(): file.write(json.dumps({"request_id": row["request_id"], "label": "milk" if CHALLENGER in row["arm"] else "tea"}) + "\n")
+    assert controller.tick().phase == IDLE and "is wrong in" in controller.file.read().reason
+
+
+def test_a_new_controller_knows_what_the_old_one_knew(tmp_path):
+    controller, _ = make_controller(tmp_path)
+    rng = np.random.default_rng(4)
+    for _ in range(5):
+        write_rows(tmp_path/"log", "r1", 7, rng)
+        controller.tick()
+    other = Controller(tmp_path/"rollout", tmp_path/"log", RolloutSpec(step_seconds=0.))
+    other.tick()
+    assert other.evidence.pairs == controller.evidence.pairs
+    assert np.allclose(other.evidence.worse.evidence, controller.evidence.worse.evidence)
+    with alone(tmp_path/"rollout"), pytest.raises(WrongUsage, match="another controller"): other.watch()
+
+
+def test_rows_survive_their_segment_becoming_a_table(tmp_path):
+    import pandas as pd
+    write_rows(tmp_path, "r1", 5, np.random.default_rng(5))
+    log, fresh = LogReader(tmp_path), LogReader(tmp_path)
+    assert len(list(log.read())) == 10
+    lines = tmp_path/"20260101T000000-0-1.jsonl"
+    rows = [json.loads(line) for line in lines.read_text().splitlines()] + [{"request_id": "late", "arm": "", "failed": 0}]
+    pd.DataFrame(rows).to_parquet(lines.with_suffix(".parquet"))
+    lines.unlink()
+    assert [row["request_id"] for row in log.read()] == ["late"] and list(log.read()) == []
+    assert len(list(fresh.read())) == 11 and list(fresh.read()) == []
+
+
+CHILD = """
+import sys
+from cvops_wb.serve.rollouts import states as rollouts
+from cvops_wb.serve.rollouts.controller import Controller
+from cvops_wb.serve.rollouts.evidence import RolloutSpec
+rollouts.LEASE = 1.
+Controller(sys.argv[1], sys.argv[2], RolloutSpec(step_seconds=0.)).watch(.05, lambda state: False)
+"""
+
+
+def test_a_dead_controller_cannot_leave_a_version_its_traffic(tmp_path):
+    "Killed at any moment: within the lease the champion answers everybody again, and the next controller goes on where it was."
+    file, traffic, rng = RolloutFile(tmp_path/"rollout"), make_traffic(tmp_path/"rollout"), np.random.default_rng(6)
+    file.change(start, ARMS[0], ARMS[1], "r1", (.5,))
+    file.renew("r1")
+    for k in range(60 if FULL else 3):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path/"rollout"), str(tmp_path/"log")], cwd=Path(__file__).parents[1])
+        deadline = time.monotonic() + 60
+        leased = file.read().lease
+        while file.read().lease == leased and time.monotonic() < deadline: time.sleep(.02)
+        time.sleep(rng.random()*.3)
+        traffic.look()
+        assert {traffic.choose(f"{k}").arm for k in range(50)} == {BASELINE, CHALLENGER}, "it is renewed while the controller lives"
+        child.kill()
+        child.wait()
+        time.sleep(1.2)
+        traffic.look()
+        assert {traffic.choose(f"{k}").arm for k in range(50)} == {CHAMPION}
+        assert file.read().phase == RUNNING
+
+
+def test_planted_regressions_are_all_found_and_equal_versions_mostly_not():
+    rng, accused, equal = np.random.default_rng(7), 0, 0
+    for _ in range(100 if FULL else 12):
+        bad, same = Evidence(RolloutSpec()), Evidence(RolloutSpec())
+        for _ in range(400):
+            for evidence, failing in ((bad, .12), (same, .01)):
+                if evidence is bad and bad.accuse(): continue
+                evidence.add([{"arm": arm, "failed": rng.random() < (failing if arm == CHALLENGER else .01), "latency_ms": rng.lognormal(2, .3)} for arm in (BASELINE, CHALLENGER)])
+        accused, equal = accused + bool(bad.accuse()), equal + bool(same.accuse())
+    assert accused == (100 if FULL else 12) and equal <= (10 if FULL else 3)
+    state = Rollout(ARMS[0], ARMS[1], phase=RUNNING, id="r", step=len(rollouts.STEPS) - 1)
+    assert decide(state, Evidence(RolloutSpec()), RolloutSpec(), 10., 10., 0).action == "wait"
