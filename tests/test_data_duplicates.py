@@ -118,3 +118,50 @@ def test_without_a_look_at_chance_it_would_be(digits, monkeypatch):
     monkeypatch.setattr(duplicates, "find_chance", lambda thumbs: -1.)
     pairs = match_thumbs(digits[0])
     assert (digits[1][pairs.a] != digits[1][pairs.b]).sum() > 20
+
+
+@pytest.fixture(scope="module")
+def candidates(photographs):
+    "Pictures, and pairs of them in all views and turns, like or not."
+    thumbs, rng = np.stack([np.asarray(image.resize((32, 32))) for image in photographs]), np.random.default_rng(0)
+    return thumbs, np.stack([rng.integers(0, most, 300) for most in (len(thumbs), len(duplicates.list_views()), 8, len(thumbs), 8, 13)], axis=1)
+
+
+def in_numpy(kernel: str, thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    "What the compiled kernels compute, said step by step."
+    if kernel == "correlate": return duplicates._correlate(thumbs, pairs)
+    whole = np.where(np.arange(6) == 1, 0, pairs)
+    return np.maximum(duplicates._explain_both(thumbs, pairs), duplicates._explain_both(thumbs, whole))
+
+
+@pytest.mark.parametrize("kernel", ["correlate", "look_closer"])
+@pytest.mark.parametrize("side", [16, 32])
+def test_compiled_kernels_agree_with_numpy(kernel, side, candidates):
+    thumbs, pairs = candidates
+    small = thumbs.reshape(-1, side, 32//side, side, 32//side, 3).mean((2, 4), dtype=np.float32)
+    got, want = duplicates.measure_pairs(kernel, thumbs, pairs, side), in_numpy(kernel, small, pairs)
+    assert abs(got - want).max() < 1e-4 and np.ptp(want) > .5
+    planted = np.roll(pairs, 1, axis=0)     # another pair's answer is not near
+    assert abs(got - in_numpy(kernel, small, planted)).max() > .1
+
+
+def test_buckets_leave_out_what_a_hash_finds_of_itself():
+    hashes = np.random.default_rng(0).integers(0, 4, (200, 8), dtype=np.uint8)
+    every, strangers = (match_hashes(hashes, hashes.copy(), 6, own=own) for own in (0, 1))
+    assert (strangers[:, 0] != strangers[:, 1]).all() and len(every) == len(strangers) + len(hashes)
+
+
+def test_all_of_a_large_group_of_equal_hashes_are_joined():
+    pairs = find_candidates(["f0f0f0f0f0f0f0f0"]*(duplicates.ALL_PAIRS + 1))
+    assert (join_groups(duplicates.ALL_PAIRS + 1, pairs[:, :2].tolist()) == 0).all()
+
+
+@pytest.mark.parametrize("size, turn", [((348, 300), 1), ((1000, 700), 6), ((90, 80), 1), ((2000, 1500), 8)])
+def test_the_fast_decoder_sees_what_pillow_sees(size, turn, photographs):
+    image, exif, out = photographs[0].resize(size), Image.Exif(), io.BytesIO()
+    exif[0x112] = turn
+    image.save(out, "JPEG", quality=90, exif=exif)
+    assert duplicates.read_jpeg_size(out.getvalue()) == size
+    want = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(float)
+    assert abs(duplicates.draw_thumb(out.getvalue()) - want).mean() < 4
+    assert duplicates.read_jpeg_size(out.getvalue()[:30]) == duplicates.read_jpeg_size(b"no image") == (0, 0)

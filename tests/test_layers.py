@@ -8,7 +8,7 @@ REPO = Path(__file__).parents[1]
 PACKAGE = REPO/"cvops_wb"
 WINGS = ["core", "data", "label", "learn", "serve", "watch", "loop"]
 OWNERS = {
-    "fiftyone": {"data"}, "dvc": {"data"}, "faiss": {"data"}, "sqlite3": {"data"}, "cv2": {"data"}, "watchfiles": {"data"},
+    "fiftyone": {"data"}, "dvc": {"data"}, "faiss": {"data"}, "sqlite3": {"data"}, "cv2": {"data"}, "numba": {"data"}, "watchfiles": {"data"},
     "label_studio_sdk": {"label"}, "cleanlab": {"label"},
     "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
     "bentoml": {"serve"}, "starlette": {"serve"}, "prometheus_client": {"serve"}, "onnxruntime": {"learn", "serve"},
