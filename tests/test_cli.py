@@ -17,7 +17,7 @@ def call(*arguments, **environment):
     return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1", **environment}, timeout=120)
 
 
-COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "compare", "rollout", "run", "lab",
+COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "compare", "rollout", "run", "cancel", "lab", "sweep",
             "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
 
 
@@ -27,14 +27,17 @@ def test_help_is_in_the_order_of_the_loop():
     assert "The loop, in order:" in text and "cvops demo --data photos/" in text and "Exit status" in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+GROUPED = [f"rollout {name}" for name in ("start", "status", "promote", "abort", "history", "watch")]
+
+
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "rollout"), *GROUPED])
 def test_every_command_takes_json_and_explains_itself(command):
     from typer.testing import CliRunner
 
     from cvops_wb.loop.cli import app
-    text = CliRunner().invoke(app, [command, "--help"]).stdout
+    text = CliRunner().invoke(app, [*command.split(), "--help"]).stdout
     assert "--json" in text and text.splitlines()[2].strip().endswith(".")
-    assert command in ("status", "lineage", "doctor", "models", "log", "diff", "labels") or "--dry-run" in text
+    assert command in ("status", "lineage", "doctor", "models", "log", "diff", "labels", "cancel", *GROUPED[1:2], *GROUPED[3:]) or "--dry-run" in text
 
 
 def test_the_cost_of_help(record_property):

@@ -133,7 +133,7 @@ def forget(
     allow: Annotated[bool, Option("--allow", help="Let images that were erased be ingested again, by their hashes.")] = False,
     json: Json = False, dry_run: Dry = False,
 ) -> Reply:
-    """Erase photographs, and leave a receipt. The same bytes are refused from then on.
+    """Erase photographs for good, and leave a receipt.
 
     \b
     cvops forget 3f2a91 --dry-run

@@ -6,17 +6,17 @@
 __all__ = ['rollout', 'open_file', 'read_spec', 'parse_share', 'choose_steps', 'tell', 'describe', 'follow', 'keep_alias',
            'start_rollout', 'show_status', 'promote_now', 'abort_now', 'show_history', 'watch_rollout']
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #53d831a1
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #555b0984
 import time
 from dataclasses import asdict, fields
 from typing import Annotated, Any
 
 from ...core.errors import WrongUsage
 from ...core.settings import Settings, load_settings
-from ..cli import LOOP, Argument, Json, Option, add_group
+from ..cli import LOOP, Argument, Dry, Json, Option, add_group
 from ..replies import Reply
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #bce81cc6
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #c0195162
 rollout = add_group("rollout", """
 A new version gets a few callers, then more, then all.
 
@@ -36,7 +36,7 @@ def read_spec(settings: Settings) -> Any:
     from cvops_wb.serve import RolloutSpec
     return RolloutSpec(**{f.name: getattr(settings.rollout, f.name) for f in fields(RolloutSpec)})
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #e2f6967e
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #0e74b59d
 def parse_share(text: str) -> float:
     "`5%` or `0.05` as a share; `WrongUsage` for anything else."
     try: share = float(text.rstrip("% "))/(100 if text.rstrip().endswith("%") else 1)
@@ -48,7 +48,7 @@ def choose_steps(first: float) -> tuple[float, ...]:
     "The steps from a first share on: it, and those of the usual ones that are larger."
     return (first, *(share for share in (.01, .05, .25, .5) if share > first))
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #83004993
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #76378ac9
 def tell(state: Any, evidence: Any = None) -> str:
     "A state in a line."
     who = f"version {state.champion.version} answers" if state.champion else "the packaged version answers"
@@ -74,14 +74,14 @@ def keep_alias(state: Any) -> None:
     if state.event not in ("promote", "abort") or state.champion is None: return
     if find_version("champion").version != state.champion.version: move_alias("champion", state.champion.version, by="rollout")
 
-# %% ../../../nbs/api/loop/releasing/00_init.ipynb #d3c31ba4
+# %% ../../../nbs/api/loop/releasing/00_init.ipynb #ea3ac0b2
 @rollout.command("start")
 def start_rollout(
     version: Annotated[str, Argument(metavar="VERSION", help="A number in the registry, or `challenger`.")] = "challenger",
     canary: Annotated[str, Option(metavar="SHARE", help="Of the callers, at first.")] = "1%",
     shadow: Annotated[bool, Option("--shadow", help="At first it answers in the shadow, and nobody hears it.")] = False,
     detach: Annotated[bool, Option("--detach", help="Do not watch: somebody runs `cvops rollout watch`.")] = False,
-    json: Json = False,
+    json: Json = False, dry_run: Dry = False,
 ) -> Reply:
     """Give a version its first callers, and watch."""
     from cvops_wb.learn import find_version
@@ -91,7 +91,9 @@ def start_rollout(
     verify_model(settings.root/challenger.model, challenger.manifest_sha256)
     arms = [Arm(found.version, found.model, found.manifest_sha256) for found in (champion, challenger)]
     name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{champion.version}-{challenger.version}"
-    state = open_file(settings).start(*arms, name, choose_steps(parse_share(canary)), shadow)
+    steps = choose_steps(parse_share(canary))
+    if dry_run: return Reply({"champion": champion.version, "challenger": challenger.version, "steps": steps}, f"would give version {challenger.version} {steps[0]:.0%} of the callers of {champion.version}")
+    state = open_file(settings).start(*arms, name, steps, shadow)
     return Reply({"state": describe(state)}, tell(state)) if detach else follow(settings)
 
 @rollout.command("status")
@@ -102,8 +104,9 @@ def show_status(json: Json = False) -> Reply:
     return Reply({"state": describe(state)}, tell(state) + alive)
 
 @rollout.command("promote")
-def promote_now(reason: Annotated[str, Option(help="For the history.")] = "a person decided", json: Json = False) -> Reply:
-    """Give the challenger all callers now; the old champion stays at hand for a while."""
+def promote_now(reason: Annotated[str, Option(help="For the history.")] = "a person decided", json: Json = False, dry_run: Dry = False) -> Reply:
+    """Give the challenger all callers now; the old champion stays at hand."""
+    if dry_run: return Reply({"state": describe(open_file(load_settings()).read())}, "would promote: " + tell(open_file(load_settings()).read()))
     state = open_file(load_settings()).promote(reason)
     keep_alias(state)
     return Reply({"state": describe(state)}, tell(state))
