@@ -81,7 +81,7 @@ def test_classes_side_by_side():
 def test_a_card_beside_each_version(bench):  # noqa: F811
     settings, _ = bench
     version = put(settings, rename(settings, train_toy(settings, "train-1", .004)))
-    folder = settings.root/version.model/"card"
+    folder = settings.root/"data"/"registry"/version.name/"cards"/str(version.version)
     text, page, facts = (folder/"card.md").read_text(), (folder/"card.html").read_text(), read_model_card(settings, version)
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["name"] == "warehouse" and front["metrics"] == facts["metrics"] == version.metrics and front["reproduce"] == "cvops reproduce warehouse:1"
@@ -177,7 +177,7 @@ def test_a_version_is_made_again(tmp_path, photos, monkeypatch):
     for words in (("ingest", str(photos)), ("curate",), ("snapshot", "-m", "first"), ("train", "--epochs", "2", "--size", "32"), ("evaluate",), ("register",)):
         assert call(*words) == 0, words
     assert call("reproduce", "1") == 0
-    path = root/find_version(1).model/"card"/"card.json"
+    path = root/"data"/"registry"/find_version(1).name/"cards"/"1"/"card.json"
     facts = json.loads(path.read_text())
     path.chmod(0o644)
     path.unlink()
@@ -189,7 +189,7 @@ def test_no_photograph_is_versioned(bench, photos_at_hand):  # noqa: F811
     settings, _ = bench
     version = put(settings, rename(settings, train_toy(settings, "train-1", .004)))
     out = settings.reports/"register-train-1.part"/"card"
-    assert {p.name for p in (settings.root/version.model/"card").iterdir()} == {"card.md", "card.html", "card.json", "slices.png"}
+    assert {p.name for p in ((settings.root/version.model).parent/"cards"/str(version.version)).iterdir()} == {"card.md", "card.html", "card.json", "slices.png"}
     assert (out/"card.html").is_file() and (out/"slices.png").is_file()
 
 
@@ -199,6 +199,6 @@ def test_mlflow_reads_signature_and_example(bench):  # noqa: F811
     version = put(settings, train_toy(settings, "train-1", .004))
     text = ("import json; from mlflow.models import Model; m = Model.load({!r}); e = m.load_input_example({!r});"
             "print(json.dumps([m.signature.inputs.to_dict(), m.signature.outputs.to_dict(), [1, 8, 8, 3]]))")
-    folder = str(settings.root/version.model)
+    folder = str((settings.root/version.model).parent/"mlflow"/str(version.version))
     told = json.loads(call([sys.executable, "-W", "ignore", "-c", text.format(folder, folder)], "look into MLflow").splitlines()[-1])
     assert told[0][0]["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 8, 8, 3]} and [o["name"] for o in told[1]] == ["logits", "embedding"]

@@ -23,6 +23,7 @@ from ..core.records import Envelope, Evaluation, ModelVersion, Snapshot, read_en
 from ..core.settings import Card, Settings
 from .evaluation import draw_errors, read_scores, resample_groups
 from .exporting import Model, read_model
+from .tracking import place_beside
 from .slices import draw_slice_errors, draw_slices, rank_slices
 
 # %% ../../nbs/api/learn/13_modelcards.ipynb #4d73cb44
@@ -153,7 +154,7 @@ def draw_pictures(evaluation: Evaluation) -> dict[str, Any]:
 
 def read_model_card(settings: Settings, version: ModelVersion) -> dict[str, Any]:
     "The facts of a version's card; `BadRecord` if it has none."
-    path = settings.root/version.model/"card"/"card.json"
+    path = place_beside(settings, version, "cards")/"card.json"
     if path.is_file(): return json.loads(path.read_text(encoding="utf-8"))
     raise BadRecord("this version has no model card", got=path, fix="it was registered before there were cards; register a newer one")
 

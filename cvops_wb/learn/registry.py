@@ -36,7 +36,7 @@ from .exporting import read_model
 from .gates import Comparison, compare, compare_slices, judge
 from .loading import open_split
 from .tasks import TASKS
-from .tracking import mirror_versions, open_client, tracked, write_signature
+from .tracking import mirror_versions, place_beside, open_client, tracked, write_signature
 
 # %% ../../nbs/api/learn/11_registry.ipynb #7b056c0a
 Event = dict[str, Any]
@@ -158,9 +158,9 @@ def who() -> str:
 def _describe(settings: Settings, version: ModelVersion, evaluation: Evaluation, out: Path) -> None:
     from cvops_wb.learn.modelcards import write_model_card
     write_model_card(settings, version, evaluation, out/"card")
-    folder = settings.root/version.model
-    if not (folder/"card"/"card.html").is_file(): write_model_card(settings, version, evaluation, folder/"card", photos=False)
-    if not (folder/"MLmodel").is_file(): write_signature(folder, read_model(folder).card)
+    beside = place_beside(settings, version, "cards"), place_beside(settings, version, "mlflow")    # the version's own folder holds what its manifest names
+    if not (beside[0]/"card.html").is_file(): write_model_card(settings, version, evaluation, beside[0], photos=False)
+    if not (beside[1]/"MLmodel").is_file(): write_signature(beside[1], settings.root/version.model)
 
 def _version_data(message: str, push: bool) -> str:
     from cvops_wb.data import version_data

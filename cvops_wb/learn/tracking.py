@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Job', 'LATER', 'tracking_uri', 'open_client', 'find_run', 'Background', 'Tracker', 'write_batch', 'tracked',
-           'mirror_versions', 'write_signature', 'rebuild_tracking', 'read_runs', 'flatten', 'name_tags',
-           'read_context', 'name_metrics']
+           'mirror_versions', 'place_beside', 'write_signature', 'rebuild_tracking', 'read_runs', 'flatten',
+           'name_tags', 'read_context', 'name_metrics']
 
 # %% ../../nbs/api/learn/10_tracking.ipynb #a58604bd
 import fcntl
@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import BadRecord, CvopsError, needs
-from ..core.files import write_atomic
+from ..core.files import read_json, write_atomic
 from ..core.places import locate
 from ..core.processes import hush
 from ..core.records import Candidate, Envelope, Evaluation, ModelVersion, read_envelope
@@ -160,15 +161,28 @@ def mirror_versions(
         if version.manifest_sha256 not in known:
             run = find_run(client, experiment, version.candidate) or None
             tags = {"cvops.version": str(version.version), "cvops.manifest": version.manifest_sha256, "cvops.snapshot": version.snapshot}
-            known[version.manifest_sha256] = client.create_model_version(name, str(root/version.model), run, tags=tags).version
+            known[version.manifest_sha256] = client.create_model_version(name, _find_source(root, version), run, tags=tags).version
         if version.alias: client.set_registered_model_alias(name, version.alias, str(known[version.manifest_sha256]))
     for alias in set(client.get_registered_model(name).aliases) & {"champion", "challenger"} - {v.alias for v in versions}:
         client.delete_registered_model_alias(name, alias)
 
 # %% ../../nbs/api/learn/10_tracking.ipynb #sig2
-def write_signature(folder: Path, card: Mapping[str, Any]) -> Path:
-    "`MLmodel` and `input_example.json` beside a version's ONNX file, as MLflow reads them."
+def place_beside(settings: Settings, version: ModelVersion, what: str) -> Path:
+    "Where something about a version stands, outside of the folder that its manifest seals: `cards`, `mlflow`."
+    return (settings.root/version.model).parent/what/str(version.version)
+
+def _find_source(root: Path, version: ModelVersion) -> str:
+    beside = (root/version.model).parent/"mlflow"/str(version.version)
+    return str(beside if beside.is_dir() else root/version.model)
+
+def write_signature(folder: Path, model: Path) -> Path:
+    "`MLmodel`, `input_example.json` and the ONNX file of a model's folder, as MLflow reads them; the file is linked where that can be."
     import numpy as np
+    card = read_json(model/"model.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/"model.onnx").unlink(missing_ok=True)
+    try: os.link(model/"model.onnx", folder/"model.onnx")
+    except OSError: shutil.copyfile(model/"model.onnx", folder/"model.onnx")
     size, outputs = card["size"], list(card.get("outputs", ["logits", "embedding"]))
     inputs = [{"name": "images", "type": "tensor", "tensor-spec": {"dtype": "uint8", "shape": [-1, size, size, 3]}}]
     shapes = {"logits": [-1, len(card["classes"])] if card["task"] == "classification" else [-1, -1, -1]}

@@ -73,8 +73,7 @@ def lay_out(stage: Path, settings: Settings, version: ModelVersion, spec: Packag
     "Everything that belongs into the bento, in one folder."
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith("."): copy(path, stage/path.name)
-    for path in sorted(model.iterdir()):
-        if path.is_file(): copy(path, stage/"model"/path.name)      # the card stays in the registry
+    for path in sorted(model.iterdir()): copy(path, stage/"model"/path.name)
     for name in ("__init__.py", *WINGS): copy(Path(cvops_wb.__file__).parent/name, stage/"cvops_wb"/name)
     about = {"schema": 1, "service": spec.service, "version": version.version, "model_name": version.name, "alias": version.alias,
              "manifest_sha256": version.manifest_sha256}

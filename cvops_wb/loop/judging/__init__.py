@@ -91,9 +91,13 @@ def models(
     found = [(v, made[v.name, v.version]) for versions in read_registry(settings).values() for v in reversed(versions) if name in ("", v.name)]
     told = [{"name": v.name, "version": v.version, "alias": v.alias, "passed": v.passed, "metrics": v.metrics, "rules": v.rules, "time": e["time"], "by": e["by"],
              "candidate": v.candidate, "snapshot": v.snapshot, "manifest_sha256": v.manifest_sha256, "model": v.model,
-             "card": f"{v.model}/card/card.html" if (settings.root/v.model/"card"/"card.html").is_file() else None} for v, e in found]
+             "card": _find_card(settings, v)} for v, e in found]
     refused = [{"time": e["time"], "name": e["name"], "candidate": e["candidate"], "rules": [r["rule"] for r in e["rules"] if not r["passed"]]} for e in events if e["event"] == "refused"]
     return Reply({"models": told, "refused": refused}, "\n".join(map(_tell_version, told)) or "no model yet: cvops register")
+
+def _find_card(settings: Any, version: Any) -> str | None:
+    path = (settings.root/version.model).parent/"cards"/str(version.version)/"card.html"
+    return path.relative_to(settings.root).as_posix() if path.is_file() else None
 
 def _tell_version(row: dict[str, Any]) -> str:
     metric = next((f"{k} {v:.3f}" for k, v in row["metrics"].items() if k in ("accuracy", "map50", "miou", "macro_f1")), "")
