@@ -10,8 +10,11 @@ from cvops_wb.core.errors import BadModel, CvopsError, UnknownName, WrongUsage
 from cvops_wb.learn.networks import NETWORKS, build_network
 from cvops_wb.learn.networks.vision import list_architectures
 
+MEMBERS = [*(n for n in NETWORKS if n != "torchvision"), "torchvision:resnet18", "torchvision:shufflenet_v2_x0_5"]
+TASK = {"heatmap": "detection", "encoder_decoder": "segmentation"}     # of the others: classification
 
-@pytest.mark.parametrize("name", [*(n for n in NETWORKS if n != "torchvision"), "torchvision:resnet18", "torchvision:shufflenet_v2_x0_5"])
+
+@pytest.mark.parametrize("name", [name for name in MEMBERS if name not in TASK])
 def test_contract(name):
     "Every member gives an embedding and logits, and knows its normalisation."
     network = build_network(name, classes=5, size=64).eval()
@@ -19,6 +22,21 @@ def test_contract(name):
     with torch.no_grad(): embedding, logits = network.features(images), network(images)
     assert logits.shape == (2, 5) and embedding.ndim == 2 and torch.allclose(network.head(embedding), logits)
     assert len(network.mean) == len(network.std) == 3
+
+
+@pytest.mark.parametrize("name", TASK)
+def test_contract_of_what_looks_at_places(name):
+    "A member for another task says which, and serves what that task reads, as does its export."
+    from cvops_wb.learn.exporting import open_session, to_onnx
+    from cvops_wb.learn.tasks import TASKS
+    task = TASKS[TASK[name]]()
+    network = build_network(name, classes=task.count(list("abcde")), size=64).eval()
+    with torch.no_grad(): first, embedding = network.answer(torch.rand(2, 3, 64, 64))
+    assert network.task == TASK[name] and len(network.mean) == len(network.std) == 3
+    wanted = {"detection": (100, 6), "segmentation": (6, 64, 64)}[network.task]
+    assert first.shape == (2, *wanted) and embedding.ndim == 2 and len(embedding) == 2
+    told = open_session(to_onnx(network, 64, task.outputs)).run(None, {"images": np.zeros((2, 64, 64, 3), np.uint8)})
+    assert [part.shape for part in told] == [tuple(first.shape), tuple(embedding.shape)]
 
 
 @pytest.mark.parametrize("name, message", [
