@@ -139,6 +139,15 @@ def test_what_cannot_be_trained(shelf, change, error, message):
     assert not (settings.reports/"train-bad"/"model").exists()
 
 
+def test_the_batch_that_led_nowhere_is_kept(shelf):
+    settings, snapshot = shelf
+    out = room(settings, "train-lost")
+    with pytest.raises(Diverged, match="kept in diverged/"): train(snapshot, replace(TINY, lr=1e30), out)
+    kept = {path.stem for path in (out/"diverged").glob("*.png")}
+    from cvops_wb.data import open_snapshot
+    assert kept and kept <= set(open_snapshot(snapshot).select("train")["id"])
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda t: t.assign(label="apple"), "two classes"),
     (lambda t: t.assign(label=""), "no labelled sample"),

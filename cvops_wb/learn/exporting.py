@@ -63,6 +63,12 @@ def open_session(
     return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 # %% ../../nbs/api/learn/06_exporting.ipynb #2a3e5577
+def _split(session: Any, images: np.ndarray, batch: int = 0) -> Iterator[np.ndarray]:
+    "As many images at once as the graph takes, or as memory holds with ease."
+    taken = session.get_inputs()[0].shape[0]
+    batch = taken if isinstance(taken, int) else batch or int(np.clip(64*128**2/(images.shape[1]*images.shape[2]), 1, 64))
+    return (np.ascontiguousarray(images[k:k + batch]) for k in range(0, len(images), batch))
+
 class ParityFailed(CvopsError): "The exported graph answers otherwise than the network it came from."
 
 def check_parity(
@@ -185,12 +191,6 @@ def run_session(
     "The outputs for many images."
     parts = [session.run(None, {"images": part}) for part in _split(session, images, batch)]
     return Outputs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-def _split(session: Any, images: np.ndarray, batch: int = 0) -> Iterator[np.ndarray]:
-    "As many images at once as the graph takes, or as memory holds with ease."
-    taken = session.get_inputs()[0].shape[0]
-    batch = taken if isinstance(taken, int) else batch or int(np.clip(64*128**2/(images.shape[1]*images.shape[2]), 1, 64))
-    return (np.ascontiguousarray(images[k:k + batch]) for k in range(0, len(images), batch))
 
 def run_model(model: Model, images: np.ndarray) -> Outputs:
     "The outputs of a verified model for uint8 images (N, S, S, 3)."

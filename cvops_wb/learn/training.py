@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device', 'check_spec', 'choose_epochs', 'complete',
-           'check_task', 'seed_all', 'to_fit', 'shorten_memory', 'History', 'say', 'train', 'classify', 'teach',
-           'Material', 'gather', 'count_parameters', 'to_tensor', 'name_finer', 'deliver', 'file_away', 'draw_history',
-           'plot_history', 'draw_predictions']
+           'check_task', 'seed_all', 'to_fit', 'shorten_memory', 'History', 'say', 'train', 'keep_batch', 'classify',
+           'teach', 'Material', 'gather', 'count_parameters', 'to_tensor', 'name_finer', 'deliver', 'file_away',
+           'draw_history', 'plot_history', 'draw_predictions']
 
 # %% ../../nbs/api/learn/07_training.ipynb #d899b7f1
 import math
@@ -28,7 +28,7 @@ from ..core.places import locate, name_final
 from ..core.records import Candidate, Snapshot
 from ..core.settings import Settings, load_settings
 from .exporting import check_parity, open_session, read_model, run_session, to_onnx, write_model
-from .fitting import FitSpec, fit
+from .fitting import FitSpec, NotFinite, fit
 from .learners import LEARNERS, LearnSpec, learn
 from .loading import Pixels, check_classes, load_pixels, read_photos, take_split
 from .networks import build_network
@@ -153,11 +153,21 @@ def train(
     network = check_task(build_network(spec.network, task.count(material.classes), spec.size, spec.weights), spec).to(device)
     with tracked(settings, out.name.removesuffix(".part"), fresh=True, enabled=spec.track) as tracker:
         history = History(out/"history.csv", tracker, task.main_metric)
-        recipe = (teach if spec.task in LEARNERS else classify)(network, material, spec, history)
+        try: recipe = (teach if spec.task in LEARNERS else classify)(network, material, spec, history)
+        except NotFinite as e: raise keep_batch(e, material, out/"diverged") from e
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
                               {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), perf_counter() - begin, process_time() - cpu)
         return replace(candidate, tracking=file_away(tracker, candidate, history, out))
+
+def keep_batch(error: NotFinite, material: "Material", folder: Path) -> Diverged:
+    "Save the batch that no loss could be had of, as pictures named by sample, and say where."
+    from PIL import Image
+    ids = [str(material.rows["id"].iloc[place]) for place in error.places]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in zip(ids, material.pixels.take(ids), strict=True): Image.fromarray(image).save(folder/f"{name}.png")
+    return Diverged("the loss left the numbers", got=f"loss {error.loss} on {len(ids)} images, kept in {folder.name}/",
+                    fix="train with a smaller lr: -p lr=0.01; if that does not help, look at these images and their labels")
 
 def classify(network: Any, material: "Material", spec: TrainSpec, history: History) -> FitSpec:
     "One label an image: the recipe for pictures in memory."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES', 'WAITING', 'UPLOADS', 'DRAIN_SECONDS', 'BUCKETS',
            'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'predict',
-           'look', 'ask', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page', 'make_application', 'make_service',
-           'run_worker']
+           'look', 'answer_caller', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page', 'make_application',
+           'make_service', 'run_worker']
 
 # %% ../../nbs/api/serve/06_service.ipynb #0b80654b
 import asyncio
@@ -220,7 +220,7 @@ async def predict(app: Application, request: Request) -> Reply:
 
 def look(app: Application, data: bytes, request: Request) -> Reply:
     "In a thread: the answer, its line in the log, its JSON."
-    try: answer, choice = ask(app, data, request)
+    try: answer, choice = answer_caller(app, data, request)
     finally: app.gate.leave()
     ours, latency = choice.loaded, round((perf_counter() - request.begin)*1e3, 3)
     note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag))
@@ -229,7 +229,7 @@ def look(app: Application, data: bytes, request: Request) -> Reply:
     return to_reply({**tell_answer(answer, ours.engine.model.classes), "version": ours.version, "model": ours.model,
                      "request_id": request.id, "time": request.time, "latency_ms": latency})
 
-def ask(app: Application, data: bytes, request: Request) -> tuple[Answer, Choice]:
+def answer_caller(app: Application, data: bytes, request: Request) -> tuple[Answer, Choice]:
     "Whoever is to answer this caller; the champion if the challenger cannot."
     choice = app.traffic.choose(request.headers.get("x-caller") or request.id)
     try: return choice.loaded.engine.predict(data), choice

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.registries import Registry
-from ..fitting import Muon, half_precision, has_bfloat16, rate, update_average
+from ..fitting import Muon, check_loss, half_precision, has_bfloat16, rate, update_average
 
 # %% ../../../nbs/api/learn/learners/00_init.ipynb #42cac7b6
 LEARNERS = Registry("learner", "cvops_wb.learn.learners", "cvops_wb.learners")
@@ -110,7 +110,7 @@ def learn(learner: Learner, on_epoch: Callable[[dict[str, float]], None]) -> Non
 def _step(learner: Learner, index: Tensor, progress: float, optimizers: list, peaks: list[list[float]]) -> float:
     for optimizer, ours in zip(optimizers, peaks, strict=True):
         for group, peak in zip(optimizer.param_groups, ours, strict=True): group["lr"] = peak*rate(progress, learner.spec.warmup)
-    with half_precision(learner.device, learner.spec.half): loss = learner.loss(index, progress)
+    with half_precision(learner.device, learner.spec.half): loss = check_loss(learner.loss(index, progress), index)
     loss.backward()
     nn.utils.clip_grad_norm_(optimizers[0].param_groups[0]["params"], learner.spec.clip)
     for optimizer in optimizers:
