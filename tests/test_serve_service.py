@@ -87,6 +87,15 @@ def test_a_request_id_of_ones_own(service, given, echoed):
     assert (headers["X-Request-Id"] == given) == echoed and json.loads(body)["request_id"] == headers["X-Request-Id"]
 
 
+def test_the_truth_is_taken_and_can_be_read(service, client, bench):
+    from cvops_wb.serve.rollouts.controller import LogReader
+    said = client.predict(JPEG)
+    client.tell(said["request_id"], "  a new product, 日本 ")
+    rows = {row["request_id"]: row["label"] for row in LogReader(bench.store/"feedback").read()}
+    assert rows[said["request_id"]] == "a new product, 日本"
+    with pytest.raises(CallFailed, match="bad_feedback"): client.tell("no id of ours", "tea")
+
+
 # ── what is refused ──
 
 @pytest.mark.parametrize("status, reason, request_", [
@@ -109,6 +118,13 @@ def test_a_request_id_of_ones_own(service, given, echoed):
     (404, "no_route", {"path": "/predict/batch", "body": JPEG}),
     (405, "method", {"method": "GET", "path": "/predict"}),
     (405, "method", {"method": "POST", "path": "/metrics", "body": b""}),
+    (400, "bad_feedback", {"path": "/feedback", "body": b"", "content_type": "application/json"}),
+    (400, "bad_feedback", {"path": "/feedback", "body": b"["*4000, "content_type": "application/json"}),
+    (400, "bad_feedback", {"path": "/feedback", "body": b'{"request_id": "../x", "label": "tea"}', "content_type": "application/json"}),
+    (400, "bad_feedback", {"path": "/feedback", "body": b'{"request_id": "a", "label": "  "}', "content_type": "application/json"}),
+    (413, "too_large", {"path": "/feedback", "body": bytes(5000), "content_type": "application/json"}),
+    (415, "content_type", {"path": "/feedback", "body": b'{"request_id": "a", "label": "tea"}', "content_type": "image/jpeg"}),
+    (405, "method", {"method": "GET", "path": "/feedback"}),
     (403, "not_loopback", {"body": JPEG, "content_type": "image/jpeg", "host": "evil.example"}),
     (403, "other_origin", {"body": JPEG, "content_type": "image/jpeg", "origin": "http://evil.example"}),
 ])

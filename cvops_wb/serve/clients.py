@@ -49,6 +49,10 @@ class Client:
         headers = {name: re.sub(r"[\x00-\x1f\x7f]+", " ", value).strip().encode() for name, value in named.items() if value}
         return self.call("POST", "/predict", content=to_bytes(image), headers={"content-type": "application/octet-stream", **headers})
 
+    def tell(self, request_id: str, label: str) -> None:
+        "The truth about an earlier answer; `CallFailed` if it was not taken."
+        self.call("POST", "/feedback", json={"request_id": request_id, "label": label})
+
     def list_models(self) -> list[dict[str, Any]]:
         "The versions that answer."
         return self.call("GET", "/v1/models")["models"]

@@ -162,7 +162,7 @@ def make_environment(settings: Settings, given: Settings, folder: Path, log: Pat
     "What a worker is told: settings, folders, and the bento's own code before any that is installed."
     serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(given.serve).items()}
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "CVOPS_MODELS": str(settings.root),
-            "CVOPS_ROLLOUT": str(settings.store/"rollout"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
+            "CVOPS_ROLLOUT": str(settings.store/"rollout"), "CVOPS_FEEDBACK": str(settings.store/"feedback"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
             "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
 
 # %% ../../nbs/api/serve/08_launching.ipynb #567ad5fe

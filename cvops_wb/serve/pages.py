@@ -193,7 +193,7 @@ def make_drop_page(facts: Facts) -> Page:
 # %% ../../nbs/api/serve/05_pages.ipynb #7e7c6c4a
 def describe_api(facts: Facts) -> dict[str, Any]:
     "The service as an OpenAPI 3.1 document."
-    paths = {"/predict": {"post": _describe_predict(facts)}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}}
+    paths = {"/predict": {"post": _describe_predict(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}}
     info = {"title": facts.service, "version": str(facts.version), "description": f"{len(facts.classes)} classes; model {facts.model}."}
     components = {"schemas": SCHEMAS, **({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if facts.token else {})}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components, **({"security": [{"token": []}]} if facts.token else {})}
@@ -208,6 +208,16 @@ def _describe_predict(facts: Facts) -> dict[str, Any]:
                            _header("X-Caller", "Who asks; for the log.")],
             "requestBody": {"required": True, "content": {"multipart/form-data": form, **{kind: {"schema": _binary} for kind in sorted(RAW_TYPES)}}},
             "responses": {"200": _reply("The answer", "Answer"), **{status: _reply(what, "Refusal") for status, what in REFUSALS.items()}}}
+
+def _describe_feedback() -> dict[str, Any]:
+    body = {"type": "object", "required": ["request_id", "label"], "properties": {
+        "request_id": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$", "description": "Of the answer."},
+        "label": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "\\S", "description": "What the photograph shows."}}}
+    noted = {"type": "object", "properties": {"noted": {"type": "boolean"}, "request_id": {"type": "string"}}}
+    refused = {status: _reply(REFUSALS[status], "Refusal") for status in ("400", "401", "403", "408", "413", "415")}
+    return {"summary": "What it really was", "operationId": "feedback", "description": "The truth about an earlier answer: rollouts and reports learn from it.",
+            "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+            "responses": {"200": {"description": "Noted", "content": {"application/json": {"schema": noted}}}, **refused}}
 
 def _describe_get(path: str, summary: str, kind: str) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace(".", "_") or "page"
@@ -228,7 +238,7 @@ ROUTES = {
     "/metrics": ("Counters and latencies for Prometheus, over all workers", "text/plain"),
 }
 REFUSALS = {
-    "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `cut_off`", "401": "A valid token is missing: `token`",
+    "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `cut_off`, `bad_feedback`", "401": "A valid token is missing: `token`",
     "403": "Only this machine may ask: `not_loopback`, `other_origin`", "408": "The upload took too long: `slow`",
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
     "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",

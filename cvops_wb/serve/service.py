@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES', 'WAITING', 'UPLOADS', 'DRAIN_SECONDS', 'BUCKETS',
-           'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'predict',
-           'look', 'answer_caller', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page', 'make_application',
-           'make_service', 'run_worker']
+           'Request', 'Reply', 'to_reply', 'Metrics', 'Application', 'handle', 'refuse', 'find_reply', 'take_feedback',
+           'predict', 'look', 'answer_caller', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page',
+           'make_application', 'make_service', 'run_worker']
 
 # %% ../../nbs/api/serve/06_service.ipynb #0b80654b
 import asyncio
@@ -27,7 +27,7 @@ from ..core.files import join_within, read_json
 from ..core.processes import hush
 from ..core.settings import Serve, load_settings
 from .inference import Answer, Classifier, count_threads
-from .limits import BadRequest, Gate, check_caller, check_host, explain, read_tokens, read_upload
+from .limits import BadRequest, Gate, check_caller, check_host, explain, read_feedback, read_small, read_tokens, read_upload
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
 from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
@@ -39,7 +39,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"),
            (b"x-frame-options", b"DENY")]
 GET, ALWAYS, LOCAL, NEVER = ("GET", "HEAD"), "always", "local", "never"     # when the caller is checked; local: while there is no token
-ROUTES = {"/predict": (("POST",), ALWAYS), "/v1/models": (GET, ALWAYS), "/metrics": (GET, ALWAYS), "/": (GET, LOCAL), "/docs": (GET, LOCAL),
+ROUTES = {"/predict": (("POST",), ALWAYS), "/feedback": (("POST",), ALWAYS), "/v1/models": (GET, ALWAYS), "/metrics": (GET, ALWAYS), "/": (GET, LOCAL), "/docs": (GET, LOCAL),
           "/openapi.json": (GET, LOCAL), "/livez": (GET, NEVER), "/readyz": (GET, NEVER)}
 WAITING = 8             # images in line for each that is looked at
 UPLOADS = 64            # that one worker receives at once
@@ -142,6 +142,7 @@ class Application:
         self.service, self.version = card["service"], card["version"]
         model = verify_model(self.folder/"model", card["manifest_sha256"])
         self.model, self.metrics, self.log = model.manifest_sha256[:16], Metrics(), PredictionLog(self.log_folder)
+        self.feedback = PredictionLog(Path(os.environ.get("CVOPS_FEEDBACK") or self.log_folder.parent/"feedback"))
         self.pool = ThreadPoolExecutor(self.threads, "look")
         facts = Facts(self.service, self.model, self.version, model.classes, self.settings.max_bytes, self.settings.max_megapixels, bool(self.tokens))
         about = {"name": card["model_name"], "version": self.version, "alias": card["alias"], "model": self.model,
@@ -165,7 +166,7 @@ class Application:
         "Let the threads end, and go."
         self.traffic.close()
         self.pool.shutdown()
-        self.log.close()
+        for log in (self.log, self.feedback): log.close()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] == "http": await handle(self, Request(scope, receive), send)
@@ -208,9 +209,16 @@ async def find_reply(app: Application, request: Request) -> Reply:
     if request.method not in verbs: raise BadRequest(405, "method", f"this route takes {verbs[0]}", "see /docs", {"allow": ", ".join(verbs)})
     if checked == ALWAYS or checked == LOCAL and not app.tokens: check_caller(request.headers, request.client, app.tokens)
     if request.path == "/predict": return await predict(app, request)
+    if request.path == "/feedback": return await take_feedback(app, request)
     return app.metrics.render() if request.path == "/metrics" else app.fixed[request.path]
 
 # %% ../../nbs/api/serve/06_service.ipynb #2fe45ebf
+async def take_feedback(app: Application, request: Request) -> Reply:
+    "The truth about an earlier answer, as a line of a log of its own; `BadRequest` if it names no request and no label."
+    row = read_feedback(request.headers, await read_small(request.headers, request.receive))
+    if not app.feedback.append({**row, "time": request.time}): raise BadRequest(503, "disk", "the disk takes no more", "come again later")
+    return to_reply({"noted": True, "request_id": row["request_id"]})
+
 async def predict(app: Application, request: Request) -> Reply:
     "One image, one answer."
     app.gate.check()        # before the body is read: to be told early is the point
