@@ -206,7 +206,9 @@ def test_mlflow_shows_it_and_is_made_anew(bench):
         pd.DataFrame({"epoch": [1, 2], "loss": [2., 1.]}).to_csv(settings.reports/e.candidate/"history.csv", index=False)
     versions = [register(e, RegisterSpec(by="a person"), settings.reports/"register-1.part") for e in evaluations]
 
-    want = {str(v.version): [v.manifest_sha256, str(settings.root/v.model)] for v in versions}
+    places = {v.version: (settings.root/v.model).parent/"mlflow"/str(v.version) for v in versions}     # beside the sealed folder, with the very file
+    assert all((places[v.version]/"model.onnx").read_bytes() == (settings.root/v.model/"model.onnx").read_bytes() for v in versions)
+    want = {str(v.version): [v.manifest_sha256, str(places[v.version])] for v in versions}
     assert look("mirror_version(find_version(2))") == {"versions": want, "aliases": {"champion": "2"}, "losses": [], "runs": 2, "params": {}}
     for file in settings.cache.glob("mlflow.db*"): file.unlink()
     again = look("assert rebuild_tracking() == 2; assert rebuild_tracking() == 0")
