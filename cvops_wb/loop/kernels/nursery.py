@@ -167,7 +167,9 @@ def serve(descriptor: int) -> None:
     nursery.tell({"event": "ready"})
     parent = os.getpid()
     order = nursery.tend()
-    if order is None: return _end_all(nursery)
+    if order is None:
+        _end_all(nursery)
+        os._exit(0)     # native libraries complain aloud when an interpreter that nobody needs is taken down
     nursery.channel.close()
     os.close(nursery.wake)
     become_kernel(order, nursery.seat, parent)
