@@ -457,4 +457,5 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import judging, keeping, releasing   # noqa: F401 - imported for what it registers
+from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401

@@ -127,12 +127,16 @@ class Classifier:
         self.session, self.task = open_onnx(model, threads), model.card.get("task", "classification")
         self.warm()
 
-    def predict(self, data: bytes) -> Answer:
+    def predict(
+        self,
+        data: bytes,
+        measured: bool = True,      # its light, contrast and the rest as well
+    ) -> Answer:
         "The answer to the bytes of one image; `BadImage` with a reason."
         from cvops_wb.data import decode_image, measure_image, resize_image
         image = decode_image(data, self.max_bytes, self.max_megapixels)
         raw, embedding = self.ask(resize_image(image, self.model.size))
-        facts = {**measure_image(image), "width": image.width, "height": image.height, "bytes": len(data)}
+        facts = {**(measure_image(image) if measured else {}), "width": image.width, "height": image.height, "bytes": len(data)}
         said = READERS[self.task](raw, self.model, image.width, image.height)
         return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4])
 
