@@ -87,6 +87,7 @@ class Serve:
     threads: int = 0            # of ONNX Runtime in each worker; 0: cores divided by workers
     max_bytes: int = 10_000_000 # of one upload
     max_megapixels: float = 25. # of one upload
+    traces: str = ""            # OTLP address that takes OpenTelemetry's spans, e.g. http://127.0.0.1:4318/v1/traces; empty: none
 
 @dataclass(frozen=True)
 class Rollout:

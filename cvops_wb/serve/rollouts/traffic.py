@@ -119,6 +119,16 @@ class Traffic:
         tag = f"{state.id}:{arm}" if arm in (BASELINE, CHALLENGER) else ""
         return Choice(challenger if arm == CHALLENGER else champion, arm, tag, champion)
 
+    def describe(self) -> dict[str, Any]:
+        "Who answers which share of the callers at this moment."
+        routing, now = self.routing, time.monotonic()
+        state, challenger = routing.state, routing.find(routing.state.challenger)
+        running = bool(challenger) and is_leased(state, now, self.boot)
+        share = state.share if running else 0.
+        shares = {(routing.champion.version, CHAMPION): 1 - share}
+        if running: shares[challenger.version, CHALLENGER] = share
+        return {"shares": shares, "running": running}
+
     def close(self) -> None:
         "Look no more."
         self.stopping.set()
