@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Cause', 'Estimate', 'DriftState', 'find_state', 'write_drift_state', 'parse_state', 'read_drift_state']
 
-# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #000cbaa0
+# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #20018b24
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ...core.errors import BadRecord
 from ...core.files import dump_json, read_json, write_atomic
 from ...core.settings import Settings, load_settings
 
-# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #d42dfdee
+# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #11507f07
 @dataclass(frozen=True)
 class Cause:
     "One thing that changed, and the images that show it."
@@ -24,7 +24,7 @@ class Cause:
     camera: str = ""            # empty: not of one camera
     score: float = 0.           # evidence in parts of the alarm's
     change: float | None = None # of the middle, relative: -.4
-    severity: float = 0.        # 0…1: how far the two distributions stand apart (2·AUC - 1, Somers' D)
+    severity: float = 0.        # 0…1: how far the two distributions stand apart (Kolmogorov)
     since: str = ""             # ISO 8601, UTC: of the first row after the change
     samples: tuple[str, ...] = ()   # ids, the image that drives the verdict most first
 
@@ -62,7 +62,7 @@ class DriftState:
     alarms: int = 0             # raised so far
     report: str = ""            # the newest report's page, relative to the workbench
 
-# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #33a69714
+# %% ../../../nbs/api/watch/verdicts/04_states.ipynb #88df9ed7
 def find_state(version: int, settings: Settings | None = None) -> Path:
     "Where the state of a version stands."
     return (settings or load_settings()).store/"watch"/f"version-{version}"/"state.json"
