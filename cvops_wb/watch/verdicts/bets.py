@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'SHIFTS', 'SPREADS', 'ODDS', 'BETS', 'BLOCK', 'bet_numbers', 'bet_odds', 'make_table', 'reserve', 'Bettor']
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #0c0b6227
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #c21a8330
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 
 from .scores import CELLS, Lane
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #47c427ea
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #f01079da
 PARTS = 1024
 SHIFTS = ((.3, 1.), (.6, 1.), (1., 1.), (2., 1.), (2., .15), (3., .05))     # standard deviations, share of the rows
 SPREADS = (1.5, .5)
@@ -41,7 +41,7 @@ def make_table(lanes: Sequence[Lane]) -> np.ndarray:
     "The bets of each lane, (L, PARTS, BETS)."
     return np.stack([bet_odds(lane.share) if lane.share else bet_numbers() for lane in lanes])
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #927bd918
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #64dabf0c
 BLOCK = 25      # rows
 
 def reserve(block: np.ndarray | int) -> np.ndarray:
@@ -109,7 +109,7 @@ class Bettor:
         "Logarithm of what each lane's gambler owns, (L,)."
         top = self.purses.max(1)
         safe = np.where(np.isfinite(top), top, 0)
-        bet = np.where(np.isfinite(top), safe + np.log(np.exp(self.purses - safe[:, None]).mean(1)), -np.inf)
+        with np.errstate(divide="ignore"): bet = safe + np.log(np.exp(self.purses - safe[:, None]).mean(1))
         return np.logaddexp(bet, np.log(max(self.kept, 1e-12)))
 
     def find_start(self, lane: int) -> int:
