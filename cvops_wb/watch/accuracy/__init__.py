@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../../nbs/api/watch/accuracy/00_init.ipynb #9da28655
+# %% ../../../nbs/api/watch/accuracy/00_init.ipynb #7afeba23
 from ...core.faces import lazy_face
 
-# %% ../../../nbs/api/watch/accuracy/00_init.ipynb #276ad036
+# %% ../../../nbs/api/watch/accuracy/00_init.ipynb #8484a335
 _rooms = {
     "Estimator": "estimates", "draw_check": "spotchecks", "judge_check": "spotchecks", "SpotcheckSpec": "spotchecks", "read_checks": "spotchecks",
+    "judge_damage": "damage", "read_triggers": "damage",
     "spotcheck": "asking", "ask_here": "asking",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../../nbs/api/watch/verdicts/00_init.ipynb #df580055
+# %% ../../../nbs/api/watch/verdicts/00_init.ipynb #004cfc81
 from ...core.faces import lazy_face
 
-# %% ../../../nbs/api/watch/verdicts/00_init.ipynb #6ed79b5a
+# %% ../../../nbs/api/watch/verdicts/00_init.ipynb #8e9754a4
 _rooms = {
     "DriftState": "states", "Cause": "states", "Estimate": "states", "read_drift_state": "states", "write_drift_state": "states", "find_state": "states",
+    "Watcher": "watchers", "explain": "offenders", "look": "rounds", "Round": "rounds", "render_sheet": "sheets", "say_state": "sheets", "shrink": "sheets",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)
