@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDGE', 'BELIEF', 'to_logits', 'calibrate', 'apply', 'cut_parts', 'measure_gap', 'Estimator', 'measure_spread']
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #1d91e5eb
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #989ecaff
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -17,7 +17,7 @@ from ...core.errors import BadInput
 from ..verdicts.scores import Directions
 from ..verdicts.states import Estimate
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #e9568554
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #cae7a1f5
 EDGE, BELIEF = 1e-4, .6     # of a fall of confidence, this part may be wrong
 
 def to_logits(confidence: np.ndarray) -> np.ndarray:
@@ -39,16 +39,16 @@ def apply(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
     "The chance that each answer is right."
     return 1/(1 + np.exp(-(weights[0]*logits + weights[1])))
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #b7cd69ca
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #3c8128c6
 def cut_parts(rows: pd.DataFrame, least: int = 25) -> Iterator[np.ndarray]:
     "Masks of parts of the reference that differ from the rest."
     for name in ("brightness", "sharpness", "contrast", "saturation", "bytes", "noise"):
         values = pd.to_numeric(rows[name], errors="coerce").to_numpy(float) if name in rows else np.zeros(0)
         if len(values) and np.nanstd(values) > 0: yield from _cut_ends(values)
     for name in ("predicted", "camera"):
-        if name in rows:
-            for value, count in rows[name].value_counts().items():
-                if least <= count < len(rows) - least: yield (rows[name] == value).to_numpy()
+        values = rows[name] if name in rows else pd.Series(dtype=object)
+        counts = values.value_counts()
+        yield from ((values == value).to_numpy() for value in counts.index[(counts >= least) & (counts < len(rows) - least)])
     if "embedding" in rows and rows["embedding"].notna().all():
         vectors = np.stack(rows["embedding"].to_list())
         axes = Directions.learn(vectors).measure(vectors)
@@ -63,7 +63,7 @@ def measure_gap(one: np.ndarray, other: np.ndarray) -> float:
     marks = np.sort(np.concatenate([one, other]))
     return float(np.abs(np.searchsorted(np.sort(one), marks, "right")/len(one) - np.searchsorted(np.sort(other), marks, "right")/len(other)).max())
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #450be917
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #2e36a825
 @dataclass
 class Estimator:
     "What the reference teaches about confidence."
