@@ -105,7 +105,11 @@ class Rollout:
 class Monitor:
     window: int = 2000          # newest predictions that one report looks at
     port: int = 8866            # of the dashboard
-    drift_share: float = .3     # share of drifted columns that is called drift
+    drift_share: float = .3     # share of drifted columns that Evidently's page calls drift
+    level: float = .01          # chance of ever accusing a healthy stream
+    damage_margin: float = .05  # accuracy that may be lost before a new training is asked for
+    damage_floor: float = 0.    # accuracy below which it is asked for in any case; 0: none
+    cooldown_hours: float = 24. # between two triggers
 
 # %% ../../nbs/api/core/03_settings.ipynb #ab86417e
 @dataclass(frozen=True)

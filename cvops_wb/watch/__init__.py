@@ -13,6 +13,7 @@ _rooms = {
     "monitor": "monitoring", "MonitorSpec": "monitoring", "draw_timeline": "monitoring", "draw_columns": "monitoring",
     "score_columns": "drift", "say_verdict": "causes", "write_evidently": "reports",
     "read_state": "states", "State": "states", "render_page": "pages",
+    "DriftState": "verdicts", "read_drift_state": "verdicts",
     "open_dashboard": "dashboards", "dashboard_running": "dashboards", "show_dashboard": "dashboards",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)
