@@ -31,8 +31,9 @@ from .limits import BadRequest, Gate, check_caller, check_host, explain, read_fe
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .predictions import PredictionLog, tell_time, to_row
 from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
-from .rollouts.traffic import Choice, Loaded, Traffic
+from .rollouts.traffic import Choice, Loaded, Traffic, describe_traffic
 from .telemetry.metrics import Metrics
+from .telemetry.tracing import open_tracer
 from .verification import VerifiedModel, verify_model
 
 # %% ../../nbs/api/serve/06_service.ipynb #212e55a0
@@ -102,7 +103,6 @@ class Application:
         self.threads = count_threads(settings.threads, settings.workers)
         self.uploads, self.gate = Gate(UPLOADS), Gate(self.threads*(1 + WAITING))
         self.on_start: Callable[[], Any] = lambda: None
-        self.tracer: Any = None
 
     def start(self) -> None:
         "Verify and load the model, open the log; `BadModel` if a file is not what it was."
@@ -110,8 +110,9 @@ class Application:
         self.service, self.version = card["service"], card["version"]
         model = verify_model(self.folder/"model", card["manifest_sha256"])
         self.model, self.log = model.manifest_sha256[:16], PredictionLog(self.log_folder)
-        self.metrics = Metrics({"name": card["model_name"], "version": str(self.version), "model": self.model}, self.describe, self.log_folder.parent/"watch"/"gauges.json")
-        if self.settings.traces: self.trace()
+        self.metrics = Metrics({"name": card["model_name"], "version": str(self.version), "model": self.model}, lambda: {**describe_traffic(self.traffic), "limit": self.gate.most},
+                               self.log_folder.parent/"watch"/"gauges.json")
+        self.tracer = open_tracer(self.settings.traces, self.service)
         self.feedback = PredictionLog(Path(os.environ.get("CVOPS_FEEDBACK") or self.log_folder.parent/"feedback"))
         self.pool = ThreadPoolExecutor(self.threads, "look")
         facts = Facts(self.service, self.model, self.version, model.classes, self.settings.max_bytes, self.settings.max_megapixels, bool(self.tokens))
@@ -123,15 +124,6 @@ class Application:
         self.classifier = self.open(model)
         self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier, tell_time((self.folder/"service.json").stat().st_mtime)), self.load)
         self.traffic.start()
-
-    def describe(self) -> dict[str, Any]:
-        "What a scrape is told of this moment."
-        return {**self.traffic.describe(), "limit": self.gate.most}
-
-    def trace(self) -> None:
-        "Send spans to the collector that the settings name."
-        from cvops_wb.serve.telemetry.tracing import Tracer
-        self.tracer = Tracer(self.settings.traces, self.service)
 
     def open(self, model: VerifiedModel) -> Classifier:
         "A verified model, ready to be asked."
