@@ -83,11 +83,13 @@ def make_scrape(settings: Settings, rules: str, alertmanager: str = "127.0.0.1:9
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}}
 
 def make_routes(webhook: str = "") -> dict[str, Any]:
-    "Alertmanager's configuration: one message an alert, again after twelve hours, and one when it is over."
+    "Alertmanager's configuration: one message an alert, again after twelve hours, and one when it is over; a ticket keeps quiet while the page on the same thing is out."
     receiver: dict[str, Any] = {"name": "people"}
     if webhook: receiver["webhook_configs"] = [{"url": webhook, "send_resolved": True}]
     route = {"receiver": "people", "group_by": ["alertname", "version"], "group_wait": "10s", "group_interval": "5m", "repeat_interval": "12h"}
-    return {"route": route, "receivers": [receiver], "inhibit_rules": [{"source_matchers": ['alertname="CvopsServiceDown"'], "target_matchers": ['alertname=~"Cvops.*Burn.*"']}]}
+    return {"route": route, "receivers": [receiver], "inhibit_rules": [
+        {"source_matchers": [f'alertname="{loud}"'], "target_matchers": [f'alertname=~"{quiet}"']}
+        for loud, quiet in (("CvopsServiceDown", "Cvops.*Burn.*"), ("CvopsErrorsBurnFast", "CvopsErrorsBurn"), ("CvopsSlowBurnFast", "CvopsSlowBurn"))]}
 
 def make_rules(given: Alerts) -> dict[str, Any]:
     "The rule file."
