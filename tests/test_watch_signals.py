@@ -342,6 +342,7 @@ def test_boards_are_whole(workbench, tmp_path):
 def parse_spans(body):
     "The spans of one OTLP message, packed or not."
     import gzip
+
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
     message = ExportTraceServiceRequest()
     message.ParseFromString(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)

@@ -6,7 +6,6 @@
 __all__ = ['RATE', 'SERVICE', 'MODEL', 'BOARDS', 'SOURCE', 'View', 'list_queries', 'make_panel', 'make_board', 'write_boards']
 
 # %% ../../../nbs/api/watch/signals/03_boards.ipynb #a5e40a39
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
