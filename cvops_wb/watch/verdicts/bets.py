@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'SHIFTS', 'SPREADS', 'ODDS', 'BETS', 'BLOCK', 'bet_numbers', 'bet_odds', 'make_table', 'reserve', 'Bettor']
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #c21a8330
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #10b2a81e
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -13,9 +13,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .scores import CELLS, Lane
+from .scores import Lane
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #f01079da
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #2b423304
 PARTS = 1024
 SHIFTS = ((.3, 1.), (.6, 1.), (1., 1.), (2., 1.), (2., .15), (3., .05))     # standard deviations, share of the rows
 SPREADS = (1.5, .5)
@@ -41,7 +41,7 @@ def make_table(lanes: Sequence[Lane]) -> np.ndarray:
     "The bets of each lane, (L, PARTS, BETS)."
     return np.stack([bet_odds(lane.share) if lane.share else bet_numbers() for lane in lanes])
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #64dabf0c
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #c3335f96
 BLOCK = 25      # rows
 
 def reserve(block: np.ndarray | int) -> np.ndarray:
@@ -49,6 +49,7 @@ def reserve(block: np.ndarray | int) -> np.ndarray:
     k = np.asarray(block, float) + 2
     return -np.log(1.07*k*np.log(k)**2)
 
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #fd039cb6
 @dataclass
 class Bettor:
     "The bets on every lane of one stream."

@@ -6,18 +6,18 @@
 __all__ = ['WORDS', 'LOOKS', 'weigh_rows', 'Suspicion', 'list_suspicions', 'find_first', 'take_numbers', 'tell_number',
            'tell_lane', 'find_camera', 'group_suspicions', 'explain']
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #1131c01a
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #cf2e1ac8
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from ..causes import say_change
-from .scores import CELLS, Lane
+from .scores import Lane
 from .states import Cause
-from .watchers import ALL, Stream, Watcher, count_cells, measure_gap
+from .watchers import Stream, Watcher, count_cells, measure_gap
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #0585a7d2
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #3ea3596a
 def weigh_rows(stream: Stream, cells: np.ndarray, lane: int) -> np.ndarray:
     "What each row (N, L) adds to a lane's evidence, as a logarithm, (N,)."
     home, column = stream.home[lane], cells[:, lane]
@@ -58,7 +58,7 @@ def find_first(parts: np.ndarray) -> int:
     before = np.concatenate([[0.], np.cumsum(parts)[:-1]])
     return int(before.argmin()) + int((parts[int(before.argmin()):] != 0).argmax())
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #587017a8
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #11bcbdd4
 WORDS = {
     "brightness": ("brighter", "darker"), "sharpness": ("sharper", "more blurred"), "saturation": ("more colourful", "paler"), "noise": ("noisier", "less noisy"),
     "width": ("wider", "narrower"), "height": ("taller", "less tall"), "contrast": ("contrast higher", "contrast lower"), "entropy": ("more detail", "less detail"),
@@ -99,7 +99,7 @@ def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[
     words = f"{'more' if now > before else 'fewer'} {'answers' if lane.column == 'predicted' else 'images from'} {lane.part!r} ({now:.0%}, was {before:.0%})"
     return words.replace("%", " %"), round(now/before - 1, 4) if before else None
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #d4b91703
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #9a2e3caf
 def find_camera(suspicion: Suspicion, cameras: np.ndarray) -> str:
     "The camera that makes most of a suspicion; empty if it is spread over all."
     if suspicion.camera: return suspicion.camera
@@ -127,7 +127,7 @@ def _alike(one: Suspicion, other: Suspicion) -> float:
     worst = [part[both] >= np.quantile(part[both], .7) for part in (one.parts, other.parts)]
     return max(float(np.corrcoef(one.parts[both], other.parts[both])[0, 1]), float((worst[0] & worst[1]).sum()/max(worst[0].sum(), 1)) - .3)
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #54a09ea1
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #70075b41
 def explain(watcher: Watcher, reference: pd.DataFrame, rows: pd.DataFrame, times: np.ndarray, most: int = 48) -> list[Cause]:
     "The causes of a verdict, gravest first, with the offending images of the rows; none if there is no drift."
     if not watcher.drifted: return []
