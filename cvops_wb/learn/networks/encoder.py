@@ -8,9 +8,8 @@ __all__ = ['EncoderDecoder', 'build_encoder_decoder']
 # %% ../../../nbs/api/learn/networks/04_encoder.ipynb #75df18a9
 from torch import Tensor, nn
 
-from ...core.errors import WrongUsage
 from . import NETWORKS, Network
-from .heatmap import STRIDE, Pyramid
+from .heatmap import STRIDE, Pyramid, choose_width
 
 # %% ../../../nbs/api/learn/networks/04_encoder.ipynb #f0926db2
 class EncoderDecoder(Pyramid):
@@ -41,7 +40,4 @@ def build_encoder_decoder(
     weights: str = "",
 ) -> Network:
     "Our network for masks, from scratch; a file of weights is read by `build_network`."
-    if weights: raise WrongUsage("encoder_decoder has no weights of that name", got=weights, fix="give a .safetensors file, or leave it empty")
-    if variant and (not variant.isdecimal() or int(variant) < 4): raise WrongUsage("the width is a number", got=variant, fix="encoder_decoder:24")
-    if size % 32: raise WrongUsage("it needs images whose side is a multiple of 32", got=size, fix=f"size={max(32, round(size/32)*32)}")
-    return EncoderDecoder(classes, int(variant or 24))
+    return EncoderDecoder(classes, choose_width("encoder_decoder", variant or "24", size, weights))

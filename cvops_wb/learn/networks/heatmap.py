@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRIDE', 'MOST', 'Pyramid', 'HeatMap', 'to_boxes', 'find_peaks', 'draw_heat', 'focal_loss', 'overlap_loss',
-           'detection_loss', 'build_heatmap']
+           'detection_loss', 'choose_width', 'build_heatmap']
 
 # %% ../../../nbs/api/learn/networks/03_heatmap.ipynb #bb23aa6a
 import math
@@ -148,6 +148,13 @@ def detection_loss(heat: Tensor, box: Tensor, targets: Sequence[Tensor]) -> Tens
     return focal_loss(heat.float(), warm) + 2*overlap_loss(to_boxes(box), corners, counts)
 
 # %% ../../../nbs/api/learn/networks/03_heatmap.ipynb #81d4f4c9
+def choose_width(name: str, variant: str, size: int, weights: str) -> int:
+    "The channels that a variant asks for; `WrongUsage` if a pyramid of that name cannot be built so."
+    if weights: raise WrongUsage(f"{name} has no weights of that name", got=weights, fix="give a .safetensors file, or leave it empty")
+    if not variant.isdecimal() or int(variant) < 4: raise WrongUsage(f"the width of {name} is a number, from 4", got=variant, fix=f"{name}:32")
+    if size % 32: raise WrongUsage(f"{name} needs images whose side is a multiple of 32", got=size, fix=f"size={max(32, round(size/32)*32)}")
+    return int(variant)
+
 @NETWORKS.register("heatmap")
 def build_heatmap(
     variant: str,       # channels at a quarter of the side; empty: 32
@@ -156,7 +163,4 @@ def build_heatmap(
     weights: str = "",
 ) -> Network:
     "Our detector from scratch; a file of weights is read by `build_network`."
-    if weights: raise WrongUsage("heatmap has no weights of that name", got=weights, fix="give a .safetensors file, or leave it empty")
-    if variant and (not variant.isdecimal() or int(variant) < 4): raise WrongUsage("the width of heatmap is a number", got=variant, fix="heatmap:32")
-    if size % 32: raise WrongUsage("a heat map needs images whose side is a multiple of 32", got=size, fix=f"size={max(32, round(size/32)*32)}")
-    return HeatMap(classes, int(variant or 32))
+    return HeatMap(classes, choose_width("heatmap", variant or "32", size, weights))

@@ -115,14 +115,6 @@ class Classification(Task):
         "How right each image is, (N,): here yes or no."
         return scores.argmax(1) == targets
 
-    def pack(self, scores: np.ndarray) -> list[np.ndarray]:
-        "Scores as cells of a table: flat float32."
-        return list(np.asarray(scores, np.float32))
-
-    def unpack(self, cells: Sequence[Any]) -> np.ndarray:
-        "Scores out of the cells of a table."
-        return np.stack([np.asarray(cell, np.float32) for cell in cells])
-
     def to_columns(self, scores: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
         "What a table says of each sample: predicted, confidence, entropy_of_scores."
         return {"predicted": np.array(classes, object)[scores.argmax(1)], "confidence": scores.max(1), "entropy_of_scores": spread(scores)}

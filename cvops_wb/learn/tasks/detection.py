@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from . import TASKS, Task, list_labels
+from . import TASKS, ObjectTask
 from .boxes import LIMITS, average_precision, choose_threshold, count_boxes, match_class
 
 # %% ../../../nbs/api/learn/tasks/03_detection.ipynb #22e351ed
@@ -82,21 +82,13 @@ def measure_classes(scores: Sequence[np.ndarray], targets: Sequence[np.ndarray],
 
 # %% ../../../nbs/api/learn/tasks/03_detection.ipynb #74b26036
 @TASKS.register("detection")
-class Detection(Task):
+class Detection(ObjectTask):
     "Boxes with a class."
     outputs = ("boxes", "embedding")
     main_metric, truth = "map50", "objects"
     network, size, batch = "heatmap", 640, 8
     epochs, images, most_epochs = 24, 800, 120
     measure, measure_classes = staticmethod(measure), staticmethod(measure_classes)
-
-    def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-        "Those that an object bears."
-        return list_labels(table["objects"])
-
-    def choose_size(self, table: pd.DataFrame) -> int:
-        "What half of the images have room in, a multiple of 32, at most 640: small things need every pixel."
-        return int(np.clip(np.ceil(table[["width", "height"]].max(axis=1).median()/32)*32, 64, self.size))
 
     def to_targets(self, rows: pd.DataFrame, classes: Sequence[str], size: int = 0) -> list[np.ndarray]:
         "The true boxes of each sample, N of (K, 5) in its pixels."

@@ -126,11 +126,3 @@ class MultiLabel(Task):
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
         "The image; what is said of it stands in the table."
         return image
-
-    def pack(self, scores: np.ndarray) -> list[np.ndarray]:
-        "Scores as cells of a table: flat float32."
-        return list(np.asarray(scores, np.float32))
-
-    def unpack(self, cells: Sequence[Any]) -> np.ndarray:
-        "Scores out of the cells of a table."
-        return np.stack([np.asarray(cell, np.float32) for cell in cells])

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from ...core.drawing import COLOURS
 from ...core.errors import BadInput
-from . import TASKS, Task, list_labels
+from . import TASKS, ObjectTask
 
 # %% ../../../nbs/api/learn/tasks/05_segmentation.ipynb #2213fd36
 def read_mask(
@@ -102,7 +102,7 @@ def measure_classes(scores: np.ndarray, targets: np.ndarray, classes: Sequence[s
 
 # %% ../../../nbs/api/learn/tasks/05_segmentation.ipynb #4bbca44f
 @TASKS.register("segmentation")
-class Segmentation(Task):
+class Segmentation(ObjectTask):
     "A class for each pixel."
     outputs = ("maps", "embedding")
     main_metric, truth = "miou", "objects"
@@ -113,14 +113,6 @@ class Segmentation(Task):
     def count(self, classes: Sequence[str]) -> int:
         "One map more than there are classes: the background's."
         return len(classes) + 1
-
-    def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-        "Those that an object bears."
-        return list_labels(table["objects"])
-
-    def choose_size(self, table: pd.DataFrame) -> int:
-        "What half of the images have room in, a multiple of 32, at most 256."
-        return int(np.clip(np.ceil(table[["width", "height"]].max(axis=1).median()/32)*32, 64, self.size))
 
     def to_targets(self, rows: pd.DataFrame, classes: Sequence[str], size: int) -> np.ndarray:
         "Masks, uint8 (N, size, size)."
