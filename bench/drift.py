@@ -133,12 +133,25 @@ class World:
 
     def list_changes(self) -> dict[str, list]:
         "Name → what draws `count` rows of the change, after `done` rows of it."
-        def pick(table): return lambda rng, count, done: table.iloc[rng.integers(0, len(table), count)]
+        def pick(table): return lambda rng, count, done: smooth(table, rng.integers(0, len(table), count), rng)
         def blend(table, share): return lambda rng, count, done: pd.concat([pick(table)(rng, k := rng.binomial(count, share(done)), 0), pick(self.clean)(rng, count - k, 0)]).sample(frac=1, random_state=int(rng.integers(2**31)))
         heavy = self.clean["label"].map(lambda label: 3. if hash_text(label) % 2 else 1/3).to_numpy()
-        mixed = lambda rng, count, done: self.clean.iloc[rng.choice(len(self.clean), count, p=heavy/heavy.sum())]
+        mixed = lambda rng, count, done: smooth(self.clean, rng.choice(len(self.clean), count, p=heavy/heavy.sum()), rng)
         ramp = {f"{name} {level + 1}, ramp": blend(table, lambda done: min(1., done/2000)) for (name, level), table in self.changed.items() if level == 2 and name in ("dark", "blur")}
         return {**{f"{name} {level + 1}": pick(table) for (name, level), table in self.changed.items()}, **ramp, "new class 30 %": blend(self.new, lambda done: .3), "changed mix": mixed}
+
+
+SMOOTH = 1/3    # of the difference between two rows
+
+
+def smooth(table: pd.DataFrame, places: np.ndarray, rng: np.random.Generator) -> pd.DataFrame:
+    "Rows of a table, each moved along the difference of two others."
+    if not len(places): return table.iloc[:0]
+    here, one, other = (table.iloc[rng.integers(0, len(table), len(places)) if k else places] for k in range(3))
+    moved = [a + SMOOTH*(b - c) for a, b, c in zip(to_tables(here), to_tables(one), to_tables(other))]
+    numbers = dict(zip(STATISTICS, moved[0].T))
+    numbers |= {"confidence": numbers["confidence"].clip(.01, 1), "width": here["width"].to_numpy(), "height": here["height"].to_numpy()}
+    return pd.DataFrame({**numbers, "embedding": list(moved[1].astype(np.float32)), "predicted": here["predicted"].to_numpy(), "label": here["label"].to_numpy()})
 
 
 def hash_text(text: str) -> int:
@@ -191,7 +204,7 @@ def calibrate(world: World, count: int, rng: np.random.Generator, rate: float = 
 
 
 def draw(world: World, count: int, rng: np.random.Generator) -> pd.DataFrame:
-    return world.clean.iloc[rng.integers(0, len(world.clean), count)]
+    return smooth(world.clean, rng.integers(0, len(world.clean), count), rng)
 
 
 # ---- delays and alarms

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'LOOKS', 'weigh_rows', 'Suspicion', 'list_suspicions', 'find_first', 'take_numbers', 'tell_number',
            'tell_lane', 'find_camera', 'group_suspicions', 'explain']
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #cf2e1ac8
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #ad0f6b9b
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,14 @@ from .scores import Lane
 from .states import Cause
 from .watchers import Stream, Watcher, count_cells, measure_gap
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #3ea3596a
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #96b57970
 def weigh_rows(stream: Stream, cells: np.ndarray, lane: int) -> np.ndarray:
     "What each row (N, L) adds to a lane's evidence, as a logarithm, (N,)."
     home, column = stream.home[lane], cells[:, lane]
     count = max(home.sum(), 1)
     rank = (np.cumsum(home)[column] - home[column]/2 + .5)/(count + 1)
-    table = stream.bettor.table[lane]
-    return table[np.minimum((rank*len(table)).astype(int), len(table) - 1), int(stream.bettor.climbs[lane].argmax())]
+    bet = stream.bettor.list_bets(lane)[:, int(stream.bettor.climbs[lane].argmax())]
+    return bet[np.minimum((rank*len(bet)).astype(int), len(bet) - 1)]
 
 @dataclass
 class Suspicion:
@@ -58,7 +58,7 @@ def find_first(parts: np.ndarray) -> int:
     before = np.concatenate([[0.], np.cumsum(parts)[:-1]])
     return int(before.argmin()) + int((parts[int(before.argmin()):] != 0).argmax())
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #11bcbdd4
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #6f6c01bc
 WORDS = {
     "brightness": ("brighter", "darker"), "sharpness": ("sharper", "more blurred"), "saturation": ("more colourful", "paler"), "noise": ("noisier", "less noisy"),
     "width": ("wider", "narrower"), "height": ("taller", "less tall"), "contrast": ("contrast higher", "contrast lower"), "entropy": ("more detail", "less detail"),
@@ -99,7 +99,7 @@ def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[
     words = f"{'more' if now > before else 'fewer'} {'answers' if lane.column == 'predicted' else 'images from'} {lane.part!r} ({now:.0%}, was {before:.0%})"
     return words.replace("%", " %"), round(now/before - 1, 4) if before else None
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #9a2e3caf
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #747964f5
 def find_camera(suspicion: Suspicion, cameras: np.ndarray) -> str:
     "The camera that makes most of a suspicion; empty if it is spread over all."
     if suspicion.camera: return suspicion.camera
@@ -127,7 +127,7 @@ def _alike(one: Suspicion, other: Suspicion) -> float:
     worst = [part[both] >= np.quantile(part[both], .7) for part in (one.parts, other.parts)]
     return max(float(np.corrcoef(one.parts[both], other.parts[both])[0, 1]), float((worst[0] & worst[1]).sum()/max(worst[0].sum(), 1)) - .3)
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #70075b41
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #7f69765f
 def explain(watcher: Watcher, reference: pd.DataFrame, rows: pd.DataFrame, times: np.ndarray, most: int = 48) -> list[Cause]:
     "The causes of a verdict, gravest first, with the offending images of the rows; none if there is no drift."
     if not watcher.drifted: return []

@@ -6,7 +6,7 @@
 __all__ = ['ALL', 'RECENT', 'OWN', 'ARRAYS', 'share_level', 'count_cells', 'measure_gap', 'Stream', 'split_reference',
            'open_stream', 'Watcher', 'to_milliseconds', 'dump_watcher', 'load_watcher']
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #0a08c6eb
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #d3463f5d
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import BadInput, BadRecord
-from .bets import BLOCK, Bettor, make_table
+from .bets import BLOCK, Bettor, find_seats, make_table
 from .scores import CELLS, VIEWS, Ruler, choose_columns
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #8fad2068
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #9f651258
 ALL = ""                # the stream of all cameras
 RECENT = 200            # newest rows, by which a stream is called healthy again
 OWN = 100               # first rows of a camera that the reference does not know
@@ -46,7 +46,7 @@ class Stream:
     bettor: Bettor
     bars: np.ndarray            # (L,): evidence that makes an alarm
     home: np.ndarray            # (L, CELLS): what is healthy
-    recent: np.ndarray          # (R, L) cells of the newest rows
+    newest: np.ndarray          # (R, L) cells of the newest rows
     marks: np.ndarray           # (M, 2) row, time in milliseconds: where blocks began
 
     @property
@@ -66,7 +66,7 @@ class Stream:
         young = bettor.rows < bettor.idle
         bettor.add(cells, ties)
         if young: self.home = bettor.bag.copy()
-        self.recent = np.concatenate([self.recent, cells])[-RECENT:]
+        self.newest = np.concatenate([self.newest, cells])[-RECENT:]
 
     def tell_time(self, row: int) -> int:
         "When a row came, in milliseconds."
@@ -77,11 +77,11 @@ class Stream:
     def healthy(self) -> bool:
         "Whether the newest rows are as the reference in every lane that made an alarm."
         accused = self.scores >= 1
-        gap = measure_gap(count_cells(self.recent), self.home)
-        limit = 1.95*np.sqrt(1/max(len(self.recent), 1) + 1/max(self.home[0].sum(), 1))    # Kolmogorov–Smirnov at 0.001
-        return len(self.recent) >= RECENT and bool((gap[accused] < limit).all())
+        gap = measure_gap(count_cells(self.newest), self.home)
+        limit = 1.95*np.sqrt(1/max(len(self.newest), 1) + 1/max(self.home[0].sum(), 1))    # Kolmogorov–Smirnov at 0.001
+        return len(self.newest) >= RECENT and bool((gap[accused] < limit).all())
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #c67007f1
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #adecf398
 def split_reference(reference: pd.DataFrame, columns: list[str], seed: int = 0, most: int = 6000) -> tuple[Ruler, dict[str, np.ndarray]]:
     "The ruler, and of each camera how many rows of the rest are in each cell; `BadInput` if there are too few."
     if len(reference) < 40:
@@ -94,13 +94,13 @@ def split_reference(reference: pd.DataFrame, columns: list[str], seed: int = 0, 
     named = [str(camera) for camera in np.unique(cameras) if camera and (cameras == camera).sum() >= OWN//2]
     return ruler, {ALL: count_cells(cells), **{camera: count_cells(cells[cameras == camera]) for camera in named}}
 
-def open_stream(table: np.ndarray, bars: np.ndarray, home: np.ndarray | None) -> Stream:
+def open_stream(tables: tuple[np.ndarray, np.ndarray], bars: np.ndarray, home: np.ndarray | None) -> Stream:
     "A stream that begins, held against `home`, or against its own first rows where there is none."
     lanes = len(bars)
-    bettor = Bettor(table, np.zeros((lanes, CELLS), np.int64) if home is None else home.copy(), idle=OWN if home is None else 0)
+    bettor = Bettor(*tables, np.zeros((lanes, CELLS), np.int64) if home is None else home.copy(), idle=OWN if home is None else 0)
     return Stream(bettor, bars, bettor.bag.copy(), np.zeros((0, lanes), np.uint8), np.zeros((0, 2), np.int64))
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #f13c2e57
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #3d79832b
 @dataclass
 class Watcher:
     "Judges a version's rows against its reference, in the order of their coming."
@@ -122,15 +122,16 @@ class Watcher:
         return cls(*split_reference(reference, columns, seed, most), columns, alpha, seed)
 
     @property
-    def _table(self) -> np.ndarray:
-        if not hasattr(self, "_bets"): self._bets = make_table(self.ruler.lanes)
+    def tables(self) -> tuple[np.ndarray, np.ndarray]:
+        "What is bet on, shared by all streams."
+        if not hasattr(self, "_bets"): self._bets = make_table(self.ruler.lanes), np.stack([find_seats(lane) for lane in self.ruler.lanes])
         return self._bets
 
     def _find_stream(self, camera: str) -> Stream:
         if camera not in self.streams:
             place = len(self.streams)       # the whole stream is the first
             level = self.alpha/2*(1 if camera == ALL else 6/(math.pi*place)**2)
-            self.streams[camera] = open_stream(self._table, -np.log(level*share_level(self.ruler)), self.homes.get(camera))
+            self.streams[camera] = open_stream(self.tables, -np.log(level*share_level(self.ruler)), self.homes.get(camera))
         return self.streams[camera]
 
     def add(self, rows: pd.DataFrame) -> float:
@@ -161,7 +162,7 @@ class Watcher:
     def _renew(self, camera: str) -> None:
         old = self.streams[camera]
         first = self.homes.get(camera, old.home if old.home.sum() else None)
-        self.streams[camera] = replace(open_stream(self._table, old.bars, first), recent=old.recent)
+        self.streams[camera] = replace(open_stream(self.tables, old.bars, first), newest=old.newest)
 
     @property
     def score(self) -> float:
@@ -174,7 +175,7 @@ class Watcher:
         "Camera → score."
         return {camera: round(stream.score, 4) for camera, stream in self.streams.items() if camera}
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #57108079
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #62f149de
 def to_milliseconds(times: pd.Series) -> np.ndarray:
     "ISO times as milliseconds since 1970, (N,); 0 where there is none."
     try: parsed = times.to_numpy("datetime64[ms]") if not times.astype(str).str.endswith("Z").any() else np.array([t.rstrip("Z") for t in times], "datetime64[ms]")
@@ -182,8 +183,8 @@ def to_milliseconds(times: pd.Series) -> np.ndarray:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601").dt.tz_localize(None).to_numpy("datetime64[ms]")
     return np.where(np.isnat(parsed), 0, parsed.astype(np.int64))
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #380117ca
-ARRAYS = ("bag", "purses", "climbs", "starts", "peaks")
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #294932ad
+ARRAYS = ("bag", "purses", "climbs", "starts", "peaks", "recent")
 
 def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     "A watcher's memory as plain values and arrays."
@@ -192,7 +193,7 @@ def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray
         bettor = stream.bettor
         streams[camera] = {"place": place, "idle": bettor.idle, "blocks": bettor.blocks, "rows": bettor.rows, "kept": bettor.kept}
         arrays.update({f"{place}.{name}": getattr(bettor, name).copy() for name in ARRAYS})
-        arrays.update({f"{place}.{name}": getattr(stream, name).copy() for name in ("bars", "home", "recent", "marks")})
+        arrays.update({f"{place}.{name}": getattr(stream, name).copy() for name in ("bars", "home", "newest", "marks")})
     plain = {name: getattr(watcher, name) for name in ("columns", "alpha", "seed", "rows", "alarms", "drifted", "events")}
     return {**plain, "lanes": len(watcher.ruler.lanes), "streams": streams}, arrays
 
@@ -202,7 +203,7 @@ def load_watcher(fresh: Watcher, plain: Mapping[str, Any], arrays: Mapping[str, 
         raise BadRecord("the watcher's memory is of another reference", got=f"{plain['lanes']} lanes", fix="remove its folder: it begins anew")
     for name in ("rows", "alarms", "drifted", "events"): setattr(fresh, name, plain[name])
     for camera, kept in plain["streams"].items():
-        mine = {name: arrays[f"{kept['place']}.{name}"] for name in (*ARRAYS, "bars", "home", "recent", "marks")}
-        bettor = Bettor(fresh._table, mine["bag"], *(kept[name] for name in ("idle", "blocks", "rows", "kept")), *(mine[name] for name in ARRAYS[1:]))
-        fresh.streams[camera] = Stream(bettor, mine["bars"], mine["home"], mine["recent"], mine["marks"])
+        mine = {name: arrays[f"{kept['place']}.{name}"] for name in (*ARRAYS, "bars", "home", "newest", "marks")}
+        bettor = Bettor(*fresh.tables, mine["bag"], *(kept[name] for name in ("idle", "blocks", "rows", "kept")), *(mine[name] for name in ARRAYS[1:]))
+        fresh.streams[camera] = Stream(bettor, mine["bars"], mine["home"], mine["newest"], mine["marks"])
     return fresh
