@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SHIFTS', 'SPREADS', 'ODDS', 'BETS', 'MEMORY', 'SEATS', 'BLOCK', 'bet_numbers', 'bet_odds', 'make_table',
-           'find_seats', 'learn_bet', 'reserve', 'Bettor']
+           'find_seats', 'learn_bet', 'reserve', 'rank_rows', 'Bettor']
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #85f5a803
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #13dc3dfa
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +16,7 @@ import numpy as np
 
 from .scores import Lane
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #438caa8f
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #024622da
 PARTS = 1024
 SHIFTS = ((.3, 1.), (.6, 1.), (1., 1.), (2., 1.), (2., .15), (3., .05))     # standard deviations, share of the rows
 SPREADS = (1.5, .5)
@@ -42,7 +42,7 @@ def make_table(lanes: Sequence[Lane]) -> np.ndarray:
     "The bets of each lane, (L, PARTS, BETS)."
     return np.stack([bet_odds(lane.share) if lane.share else bet_numbers() for lane in lanes])
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #28bc5369
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #7cefc447
 MEMORY = 250.       # rows that the learning bet looks back on, on average
 SEATS = 48          # intervals at most
 
@@ -59,7 +59,7 @@ def learn_bet(recent: np.ndarray, widths: np.ndarray) -> np.ndarray:
     shares = (recent + prior*widths)/(recent.sum(1, keepdims=True) + prior)
     with np.errstate(all="ignore"): return np.where(widths > 0, np.log(shares/widths), 0.)
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #cfb21aba
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #16ee499e
 BLOCK = 25      # rows
 
 def reserve(block: np.ndarray | int) -> np.ndarray:
@@ -67,7 +67,18 @@ def reserve(block: np.ndarray | int) -> np.ndarray:
     k = np.asarray(block, float) + 2
     return -np.log(1.07*k*np.log(k)**2)
 
-# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #b93f7281
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #17fe8d88
+def rank_rows(bag: np.ndarray, cells: np.ndarray, ties: np.ndarray) -> np.ndarray:
+    "The rank of each row (n, L) among the bag (L, CELLS) and the rows before it, in (0, 1); the bag takes them up."
+    lanes, count = np.arange(cells.shape[1]), bag[0].sum()
+    below = np.cumsum(bag, 1)[lanes, cells] - (same := bag[lanes, cells])
+    before = np.tri(len(cells), k=-1, dtype=bool)[:, :, None]
+    below = below + ((cells[None] < cells[:, None]) & before).sum(1)
+    same = same + ((cells[None] == cells[:, None]) & before).sum(1)
+    np.add.at(bag, (lanes[None], cells), 1)
+    return (below + ties*(same + 1))/(count + 1 + np.arange(len(cells)))[:, None]
+
+# %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #a61b0932
 @dataclass
 class Bettor:
     "The bets on every lane of one stream."
@@ -93,21 +104,11 @@ class Bettor:
         if self.starts is None: self.starts = np.zeros(shape, np.int64)
         if self.peaks is None: self.peaks = np.full(shape[0], -np.inf)
 
-    def rank(self, cells: np.ndarray, ties: np.ndarray) -> np.ndarray:
-        "The rank of each row (n, L) among the bag and the rows before it, in (0, 1); the bag takes them up."
-        lanes, count = np.arange(cells.shape[1]), self.bag[0].sum()
-        below = np.cumsum(self.bag, 1)[lanes, cells] - (same := self.bag[lanes, cells])
-        before = np.tri(len(cells), k=-1, dtype=bool)[:, :, None]
-        below = below + ((cells[None] < cells[:, None]) & before).sum(1)
-        same = same + ((cells[None] == cells[:, None]) & before).sum(1)
-        np.add.at(self.bag, (lanes[None], cells), 1)
-        return (below + ties*(same + 1))/(count + 1 + np.arange(len(cells)))[:, None]
-
     def add(self, cells: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Bet on rows (N, L): the evidence of each lane after each block, (B, L)."
         told = []
         for start in range(0, len(cells), BLOCK):
-            ranks = self.rank(cells[start:start + BLOCK], ties[start:start + BLOCK])
+            ranks = rank_rows(self.bag, cells[start:start + BLOCK], ties[start:start + BLOCK])
             places = np.minimum((ranks*PARTS).astype(np.int32), PARTS - 1)
             if self.rows >= self.idle: self._earn(self._bet(places))
             self.rows += len(ranks)
