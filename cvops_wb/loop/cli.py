@@ -323,7 +323,9 @@ def monitor(
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """The prediction log against the reference: a verdict, an Evidently report."""
-    return run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
+    reply = run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
+    if not dry_run and reply.code == 0: reply.document |= lookout.publish()
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #5d5386d8
 @app.command(rich_help_panel=LOOP)
@@ -456,5 +458,5 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import judging, keeping, releasing   # noqa: F401 - imported for what it registers
+from . import judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
 from .sweeps import commands   # noqa: F401

@@ -14,6 +14,7 @@ _rooms = {
     "score_columns": "drift", "say_verdict": "causes", "write_evidently": "reports",
     "read_state": "states", "State": "states", "render_page": "pages",
     "DriftState": "verdicts", "read_drift_state": "verdicts",
+    "write_gauges": "signals", "write_rules": "signals", "write_boards": "signals", "find_troubles": "signals", "tell_people": "signals",
     "open_dashboard": "dashboards", "dashboard_running": "dashboards", "show_dashboard": "dashboards",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)
