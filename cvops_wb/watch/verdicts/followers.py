@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['REMEMBERED', 'STEP', 'AHEAD', 'Follower', 'check_times', 'check_pace', 'write_memory', 'read_memory']
 
-# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #43096399
+# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #3d7174b2
 import io
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from ...core.files import write_atomic
 from ...serve import list_segments, read_segment
 from .watchers import Watcher, dump_watcher, load_watcher, to_milliseconds
 
-# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #52b70061
+# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #b627df89
 REMEMBERED = 200_000    # requests
 STEP, AHEAD = 60_000, 120_000   # milliseconds: a clock that went back further, or is further ahead, is said
 
@@ -88,7 +90,7 @@ def _say_span(milliseconds: float) -> str:
     seconds = milliseconds/1000
     return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds/60:.0f} minutes" if seconds < 7200 else f"{seconds/3600:.0f} hours"
 
-# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #b7ce90cf
+# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #cae37e0f
 def check_times(follower: Follower, rows: pd.DataFrame, notes: list[str], now: int | None) -> pd.DataFrame:
     "The rows, sorted by time, after a look at their times."
     if not len(rows): return rows
@@ -114,7 +116,7 @@ def check_pace(follower: Follower, times: np.ndarray, notes: list[str]) -> None:
     if follower.pace and not 1/4 < pace/follower.pace < 4: notes.append(f"{pace:.3g} predictions a minute, were {follower.pace:.3g}")
     follower.pace = pace if not follower.pace else .7*follower.pace + .3*pace
 
-# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #1c1026d1
+# %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #05702f51
 def write_memory(path: Path, watcher: Watcher, follower: Follower, **more: Any) -> Path:
     "Remember both; `more` are plain values that the next look shall know."
     plain, arrays = dump_watcher(watcher)
@@ -133,6 +135,6 @@ def read_memory(path: Path, fresh: Watcher, version: int) -> tuple[Watcher, Foll
             watcher = load_watcher(fresh, plain["watcher"], arrays)
             follower = Follower(**{**plain["follower"], "done": set(plain["follower"]["done"])}, seen=arrays["seen"])
     except CvopsError: raise
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise BadRecord("the watcher's memory is damaged", got=f"{path.name}: {e!r}", fix="remove it: the watcher begins anew") from e
     return watcher, follower, plain["more"]
