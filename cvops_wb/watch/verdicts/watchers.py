@@ -6,7 +6,7 @@
 __all__ = ['ALL', 'RECENT', 'OWN', 'ARRAYS', 'share_level', 'count_cells', 'measure_gap', 'Stream', 'split_reference',
            'open_stream', 'Watcher', 'to_milliseconds', 'dump_watcher', 'load_watcher']
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #d3463f5d
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #ef8d7622
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from ...core.errors import BadInput, BadRecord
 from .bets import BLOCK, Bettor, find_seats, make_table
 from .scores import CELLS, VIEWS, Ruler, choose_columns
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #9f651258
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #68b974fb
 ALL = ""                # the stream of all cameras
 RECENT = 200            # newest rows, by which a stream is called healthy again
 OWN = 100               # first rows of a camera that the reference does not know
@@ -81,7 +81,7 @@ class Stream:
         limit = 1.95*np.sqrt(1/max(len(self.newest), 1) + 1/max(self.home[0].sum(), 1))    # Kolmogorov–Smirnov at 0.001
         return len(self.newest) >= RECENT and bool((gap[accused] < limit).all())
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #adecf398
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #40aa1836
 def split_reference(reference: pd.DataFrame, columns: list[str], seed: int = 0, most: int = 6000) -> tuple[Ruler, dict[str, np.ndarray]]:
     "The ruler, and of each camera how many rows of the rest are in each cell; `BadInput` if there are too few."
     if len(reference) < 40:
@@ -100,7 +100,7 @@ def open_stream(tables: tuple[np.ndarray, np.ndarray], bars: np.ndarray, home: n
     bettor = Bettor(*tables, np.zeros((lanes, CELLS), np.int64) if home is None else home.copy(), idle=OWN if home is None else 0)
     return Stream(bettor, bars, bettor.bag.copy(), np.zeros((0, lanes), np.uint8), np.zeros((0, 2), np.int64))
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #3d79832b
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #3b4f0349
 @dataclass
 class Watcher:
     "Judges a version's rows against its reference, in the order of their coming."
@@ -175,7 +175,7 @@ class Watcher:
         "Camera → score."
         return {camera: round(stream.score, 4) for camera, stream in self.streams.items() if camera}
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #62f149de
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #7f28f0e0
 def to_milliseconds(times: pd.Series) -> np.ndarray:
     "ISO times as milliseconds since 1970, (N,); 0 where there is none."
     try: parsed = times.to_numpy("datetime64[ms]") if not times.astype(str).str.endswith("Z").any() else np.array([t.rstrip("Z") for t in times], "datetime64[ms]")
@@ -183,7 +183,7 @@ def to_milliseconds(times: pd.Series) -> np.ndarray:
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601").dt.tz_localize(None).to_numpy("datetime64[ms]")
     return np.where(np.isnat(parsed), 0, parsed.astype(np.int64))
 
-# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #294932ad
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #416cb016
 ARRAYS = ("bag", "purses", "climbs", "starts", "peaks", "recent")
 
 def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
