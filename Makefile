@@ -62,6 +62,11 @@ bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each
 	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)
 	@test -x .cvops/peers/dedup/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/dedup
 	@$(UV) pip install --quiet --python .cvops/peers/dedup/bin/python imagededup==0.3.3.post2 imagehash==4.3.2
+	$(call say,peers of bench/drift.py)
+	@test -x .cvops/peers/alibi/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/alibi
+	@$(UV) pip install --quiet --python .cvops/peers/alibi/bin/python alibi-detect==0.13.0
+	@test -x .cvops/peers/frouros/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/frouros
+	@$(UV) pip install --quiet --python .cvops/peers/frouros/bin/python frouros==0.9.0
 
 wheel: setup    ## dist/cvops_wb-*.whl
 	@$(BIN)/python -m hatchling build -t wheel -d dist

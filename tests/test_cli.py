@@ -17,8 +17,8 @@ def call(*arguments, **environment):
     return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1", **environment}, timeout=120)
 
 
-COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "compare", "rollout", "run", "cancel", "lab", "sweep",
-            "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
+COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "spotcheck", "suspects", "compare", "rollout", "run", "cancel", "lab", "sweep",
+            "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore", "watch"]
 
 
 def test_help_is_in_the_order_of_the_loop():

@@ -469,5 +469,5 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
+from . import checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
 from .sweeps import commands   # noqa: F401

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT', 'Files', 'to_folder']
 
-# %% ../../../nbs/api/label/tools/02_files.ipynb #331be9f5
+# %% ../../../nbs/api/label/tools/02_files.ipynb #de43b6c5
 import csv
 import io
 import re
@@ -18,7 +18,7 @@ from ...core.errors import BadInput
 from ...core.files import join_within, write_atomic
 from . import ANSWER_COLUMNS, label_tools
 
-# %% ../../../nbs/api/label/tools/02_files.ipynb #2ed99835
+# %% ../../../nbs/api/label/tools/02_files.ipynb #9081760d
 @label_tools.register("files")
 class Files:
     "A sheet and a folder of images."
@@ -81,6 +81,7 @@ class Files:
         writer.writerows({name: _guard(value) for name, value in row.items()} for row in rows)
         write_atomic(self.sheet, out.getvalue(), durable=False)
 
+# %% ../../../nbs/api/label/tools/02_files.ipynb #eb09b071
 TEXT = """Each image in `images` wants the name of what it shows.
 
 Either write it into the column `label` of sheet.csv,

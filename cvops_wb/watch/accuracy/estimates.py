@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDGE', 'BELIEF', 'to_logits', 'calibrate', 'apply', 'cut_parts', 'measure_gap', 'Estimator', 'measure_spread']
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #989ecaff
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #901eb3bf
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -17,7 +17,7 @@ from ...core.errors import BadInput
 from ..verdicts.scores import Directions
 from ..verdicts.states import Estimate
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #cae7a1f5
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #64a04384
 EDGE, BELIEF = 1e-4, .6     # of a fall of confidence, this part may be wrong
 
 def to_logits(confidence: np.ndarray) -> np.ndarray:
@@ -39,7 +39,7 @@ def apply(weights: np.ndarray, logits: np.ndarray) -> np.ndarray:
     "The chance that each answer is right."
     return 1/(1 + np.exp(-(weights[0]*logits + weights[1])))
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #3c8128c6
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #6e541128
 def cut_parts(rows: pd.DataFrame, least: int = 25) -> Iterator[np.ndarray]:
     "Masks of parts of the reference that differ from the rest."
     for name in ("brightness", "sharpness", "contrast", "saturation", "bytes", "noise"):
@@ -63,7 +63,7 @@ def measure_gap(one: np.ndarray, other: np.ndarray) -> float:
     marks = np.sort(np.concatenate([one, other]))
     return float(np.abs(np.searchsorted(np.sort(one), marks, "right")/len(one) - np.searchsorted(np.sort(other), marks, "right")/len(other)).max())
 
-# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #2e36a825
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #0bf01f60
 @dataclass
 class Estimator:
     "What the reference teaches about confidence."
@@ -129,6 +129,7 @@ class Estimator:
         excess = float(max(0., (beyond.mean() - usual)/(1 - usual)))
         return excess, bool(excess > .03 + 3*np.sqrt(.05/len(places)))
 
+# %% ../../../nbs/api/watch/accuracy/01_estimates.ipynb #528107ad
 def measure_spread(reference: pd.DataFrame, logits: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     "How far calibration misses on other kinds of data (log odds, standard deviation), and how far these are from the rest."
     misses, noise, reaches = [], [], []

@@ -6,25 +6,25 @@
 __all__ = ['WORDS', 'LOOKS', 'weigh_rows', 'Suspicion', 'list_suspicions', 'find_first', 'take_numbers', 'tell_number',
            'tell_lane', 'find_camera', 'group_suspicions', 'explain']
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #1131c01a
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #29d296ae
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from ..causes import say_change
-from .scores import CELLS, Lane
+from .scores import Lane
 from .states import Cause
-from .watchers import ALL, Stream, Watcher, count_cells, measure_gap
+from .watchers import Stream, Watcher, count_cells, measure_gap
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #0585a7d2
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #8f66adde
 def weigh_rows(stream: Stream, cells: np.ndarray, lane: int) -> np.ndarray:
     "What each row (N, L) adds to a lane's evidence, as a logarithm, (N,)."
     home, column = stream.home[lane], cells[:, lane]
     count = max(home.sum(), 1)
     rank = (np.cumsum(home)[column] - home[column]/2 + .5)/(count + 1)
-    table = stream.bettor.table[lane]
-    return table[np.minimum((rank*len(table)).astype(int), len(table) - 1), int(stream.bettor.climbs[lane].argmax())]
+    bet = stream.bettor.list_bets(lane)[:, int(stream.bettor.climbs[lane].argmax())]
+    return bet[np.minimum((rank*len(bet)).astype(int), len(bet) - 1)]
 
 @dataclass
 class Suspicion:
@@ -58,7 +58,7 @@ def find_first(parts: np.ndarray) -> int:
     before = np.concatenate([[0.], np.cumsum(parts)[:-1]])
     return int(before.argmin()) + int((parts[int(before.argmin()):] != 0).argmax())
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #587017a8
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #bf418366
 WORDS = {
     "brightness": ("brighter", "darker"), "sharpness": ("sharper", "more blurred"), "saturation": ("more colourful", "paler"), "noise": ("noisier", "less noisy"),
     "width": ("wider", "narrower"), "height": ("taller", "less tall"), "contrast": ("contrast higher", "contrast lower"), "entropy": ("more detail", "less detail"),
@@ -99,16 +99,17 @@ def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[
     words = f"{'more' if now > before else 'fewer'} {'answers' if lane.column == 'predicted' else 'images from'} {lane.part!r} ({now:.0%}, was {before:.0%})"
     return words.replace("%", " %"), round(now/before - 1, 4) if before else None
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #d4b91703
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #cf98e867
 def find_camera(suspicion: Suspicion, cameras: np.ndarray) -> str:
     "The camera that makes most of a suspicion; empty if it is spread over all."
     if suspicion.camera: return suspicion.camera
-    names, codes = np.unique(cameras, return_inverse=True)
-    sums = np.bincount(codes, suspicion.parts, len(names)).clip(0)
-    traffic = np.bincount(codes, suspicion.parts != 0, len(names))
-    if len(names) < 2 or not sums.sum(): return ""
+    names, codes = np.unique(cameras[suspicion.parts != 0], return_inverse=True)
+    parts = suspicion.parts[suspicion.parts != 0]
+    if len(names) < 2: return ""
+    sums, counts = np.bincount(codes, parts, len(names)), np.bincount(codes, minlength=len(names))
     best = int(sums.argmax())
-    return str(names[best]) if sums[best]/sums.sum() > max(.5, 1.6*traffic[best]/max(traffic.sum(), 1)) else ""
+    others = (sums.sum() - sums[best])/max(counts.sum() - counts[best], 1)
+    return str(names[best]) if sums[best] > max(0., .5*sums.clip(0).sum()) and others < .2*sums[best]/counts[best] else ""
 
 def group_suspicions(suspicions: list[Suspicion], cameras: np.ndarray, alike: float = .25) -> list[tuple[str, list[Suspicion]]]:
     "Camera and its suspicions: those of largely the same images together."
@@ -127,7 +128,7 @@ def _alike(one: Suspicion, other: Suspicion) -> float:
     worst = [part[both] >= np.quantile(part[both], .7) for part in (one.parts, other.parts)]
     return max(float(np.corrcoef(one.parts[both], other.parts[both])[0, 1]), float((worst[0] & worst[1]).sum()/max(worst[0].sum(), 1)) - .3)
 
-# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #54a09ea1
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #7a20f3ba
 def explain(watcher: Watcher, reference: pd.DataFrame, rows: pd.DataFrame, times: np.ndarray, most: int = 48) -> list[Cause]:
     "The causes of a verdict, gravest first, with the offending images of the rows; none if there is no drift."
     if not watcher.drifted: return []

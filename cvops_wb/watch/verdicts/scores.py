@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CELLS', 'EDGES', 'VIEWS', 'NUMBERS', 'Lane', 'find_edges', 'place_values', 'Directions', 'Ruler', 'choose_columns']
 
-# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #7205db01
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #9f86679b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import pandas as pd
 
 from ...core.errors import BadInput
 
-# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #9fb09c45
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #2819f956
 CELLS, EDGES = 256, 127     # cells of a lane: below, at and between its edges, and the last for a missing value
 VIEWS = {"images": .35, "embeddings": .3, "answers": .25, "schema": .1}     # how the chance of a false alarm is shared
 NUMBERS = {
@@ -30,6 +30,7 @@ class Lane:
     column: str
     part: str = ""          # which class, which direction of the embedding
     share: float = 0.       # of an indicator in the reference; 0: a number
+    seats: tuple[float, ...] = ()   # shares of all categories, the most frequent first; empty: not of categories
 
 def find_edges(values: np.ndarray) -> np.ndarray:
     "Different quantiles of the finite values, at most `EDGES`."
@@ -44,7 +45,7 @@ def place_values(
     cells = np.searchsorted(edges, values, "left") + np.searchsorted(edges, values, "right")
     return np.where(np.isfinite(values), cells, CELLS - 1).astype(np.uint8)
 
-# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #6a54f594
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #c27fa3f4
 @dataclass
 class Directions:
     "What of an embedding is looked at; learnt from some rows of the reference."
@@ -75,7 +76,7 @@ class Directions:
         far = (places**2).sum(1)[:, None] - 2*places@self.known.T + (self.known**2).sum(1)
         return np.column_stack([places[:, :self.shown], off, far.min(1)])
 
-# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #2f4ac52e
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #c3721097
 @dataclass
 class Ruler:
     "The lanes of a reference, and how rows are placed on them."
@@ -97,8 +98,8 @@ class Ruler:
             if name in columns: ruler._add_categories(view, name, rows[name].fillna("").astype(str), most)
         return ruler
 
-    def _add_number(self, view: str, name: str, values: np.ndarray, part: str = "") -> None:
-        self.lanes.append(Lane(view, name, part))
+    def _add_number(self, view: str, name: str, values: np.ndarray, part: str = "", seats: tuple[float, ...] = ()) -> None:
+        self.lanes.append(Lane(view, name, part, 0., seats))
         self.edges[name + part] = find_edges(values)
 
     def _add_embedding(self, vectors: np.ndarray) -> None:
@@ -111,7 +112,7 @@ class Ruler:
         shares = values.value_counts(normalize=True)
         self.classes[name] = {category: place for place, category in enumerate(shares.index)}
         for category in shares.index[:most if len(shares) > 1 else 0]: self.lanes.append(Lane(view, name, category, float(shares[category])))
-        self._add_number(view, name, np.arange(len(shares), dtype=float), "rarity")
+        self._add_number(view, name, np.arange(len(shares), dtype=float), "rarity", tuple(map(float, shares)))
 
     def measure(self, rows: pd.DataFrame) -> np.ndarray:
         "Cells (N, L) uint8."
@@ -139,7 +140,7 @@ def _compression(rows: pd.DataFrame) -> np.ndarray:
 def _find_places(values: pd.Series, places: Mapping[str, int]) -> np.ndarray:
     return np.array([places.get(str(value), len(places)) if value == value and value is not None else places.get("", len(places)) for value in values], float)
 
-# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #48bf44a7
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #e676cc58
 def _to_matrix(values: Any, width: int = 0) -> np.ndarray:
     "Vectors as (N, D) float32; a row without one is not a number."
     listed = list(values)

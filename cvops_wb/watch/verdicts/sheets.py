@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICY', 'GRID', 'shrink', 'draw_shots', 'say_estimate', 'say_state', 'render_sheet']
 
-# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #ba26d9f4
+# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #9b1ae79c
 import base64
 import io
 from collections.abc import Mapping
@@ -14,9 +14,10 @@ from ...core.drawing import escape
 from ..looks import STYLE
 from .states import Cause, DriftState, Estimate
 
-# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #aec5ba1f
+# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #70abbaf5
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 GRID = """
+.wb dt,.wb h1,.wb h2,.wb li{overflow-wrap:anywhere} .wb figure{min-width:0}
 .wb .cause{margin-top:22px}.wb .cause h2{font-size:19px}.wb .cause p{color:var(--quiet);font-size:13px;margin:2px 0 10px}
 .wb .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:8px}
 .wb .shots img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:9px;background:var(--soft)}
@@ -46,7 +47,7 @@ def say_estimate(estimate: Estimate | None) -> str:
     told = f"{100*estimate.value:.1f} % ({100*estimate.low:.1f} to {100*estimate.high:.1f}), {how[estimate.method]}"
     return told if estimate.known else f"cannot be known from confidence: {estimate.why}"
 
-# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #aa3b3db7
+# %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #86de75e4
 def say_state(state: DriftState) -> str:
     "The verdict in a sentence."
     if not state.drifted: return f"No drift in {state.rows:,} predictions; the evidence is at {state.score:.0%} of an alarm.".replace("%", " %")
