@@ -24,22 +24,20 @@ from ..verdicts.sheets import POLICY, say_estimate, say_state
 from ..verdicts.states import Cause
 
 # %% ../../../nbs/api/watch/live/04_frontpage.ipynb #d25b72b2
-def judge(glance: Glance) -> tuple[str, str]:
-    "Tone and word for the state of the service."
+def judge(glance: Glance) -> list[tuple[str, str]]:
+    "Tone and word of all that is wrong, the worst first."
     traffic, drift = glance.traffic, glance.drift
-    if glance.service and not glance.service.ready: return "warn", "not serving"
-    if drift and drift.drifted: return "bad", "drift"
-    if traffic and traffic.lost > .01*max(traffic.count, 1): return "bad", "answers fail"
     seen = to_seconds(drift.time) if drift else None
-    if seen is None or glance.until - seen > 86400: return "warn", "not watched"
-    return "good", "healthy"
+    found = [("bad", "drift", drift and drift.drifted), ("bad", "answers fail", traffic and traffic.lost > .01*max(traffic.count, 1)),
+             ("warn", "not serving", glance.service and not glance.service.ready), ("warn", "not watched", seen is None or glance.until - seen > 86400)]
+    return [(tone, word) for tone, word, wrong in found if wrong] or [("good", "healthy")]
 
 def make_head(glance: Glance) -> str:
     "Name, state, the verdict in a sentence."
-    tone, word = judge(glance)
+    pills = " ".join(f'<span class="pill {tone}">{word}</span>' for tone, word in judge(glance))
     lead = escape(say_state(glance.drift)) if glance.drift else "Nobody has looked at the predictions yet: <code>cvops monitor</code>"
     return (f'<header><p class="over">monitoring · {escape(glance.camera or "all cameras")} · {escape(glance.period)} to {say_clock(_iso(glance.until))[:16]} UTC</p>'
-            f'<h1>{escape(glance.name)} <span class="pill {tone}">{word}</span></h1><p class="lead">{lead}</p></header>')
+            f'<h1>{escape(glance.name)} {pills}</h1><p class="lead">{lead}</p></header>')
 
 def _iso(seconds: float) -> str: return str(np.datetime64(int(seconds), "s"))
 
@@ -141,6 +139,6 @@ def render_front(
 def write_mail(path: Path | str, period: str = "24 hours", camera: str = "", settings: Settings | None = None) -> Path:
     "The page as one file, to be sent."
     glance = read_glance(settings, period, camera, patience=60.)
-    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{escape(glance.name)}: {judge(glance)[1]}</title>'
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}"><meta name="viewport" content="width=device-width"><title>{escape(glance.name)}: {", ".join(word for _, word in judge(glance))}</title>'
     text = f'<!doctype html><html lang="en"><head>{head}<style>body{{margin:0;background:#f5f6f8}}@media(prefers-color-scheme:dark){{body{{background:#0d1217}}}}</style></head><body>{render_front(glance)}</body></html>'
     return write_atomic(Path(path), text, durable=False)

@@ -32,7 +32,7 @@ STYLE = """
 
 def say_moment(seconds: float, span: float) -> str:
     "A moment in UTC, as exact as a period asks for."
-    return time.strftime("%H:%M" if span <= 86400 else "%d %b %H:%M" if span <= 7*86400 else "%d %b", time.gmtime(seconds))
+    return time.strftime("%H:%M" if span <= 1.1*86400 else "%d %b %H:%M" if span <= 7*86400 else "%d %b", time.gmtime(seconds))
 
 def frame(body: str, label: str, since: float, until: float, top: str = "", height: int = 120) -> str:
     "A picture with its axis of time below, and what its height means above."
