@@ -99,7 +99,8 @@ def make_causes(glance: Glance, base: str = "") -> str:
     body, most = draw_evidence(drift.timeline, glance.since, glance.until)
     chart = frame(body, "evidence of drift in time", glance.since, glance.until, f"up to {most:.2g}; the dashed line is the alarm")
     causes = [cause for cause in drift.causes if not glance.camera or cause.camera in ("", glance.camera)][:4]
-    found = "".join(make_cause(cause, glance) for cause in causes) or f'<p class="note">{escape(say_state(drift))}</p>'
+    none = f"What was found does not speak of {glance.camera}." if glance.camera and drift.causes else say_state(drift)
+    found = "".join(make_cause(cause, glance) for cause in causes) or f'<p class="note">{escape(none)}</p>'
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in drift.notes[:3])
     aside = make_link(drift.report, "the whole report", base) if drift.report else ""
     return make_card("Drift", f"<div>{chart}</div><div>{found}</div>{notes}", "w7", aside)
