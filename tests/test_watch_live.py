@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from serve_toy import photograph
 from test_serve_canary import Load, arms, make_breaking_graph  # noqa: F401 - a fixture
-from watch_bench import fill_bench, take_picture, write_run
+from watch_bench import fill_bench, take_picture
 
 from cvops_wb.core.settings import load_settings
 from cvops_wb.serve import Client, Controller, RolloutFile, RolloutSpec, service_running
@@ -206,9 +206,10 @@ def test_the_edition_for_mail(workbench, tmp_path, width, dark):
 
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_page_is_live_for_several_viewers(workbench, tmp_path):
+def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
     from playwright.sync_api import sync_playwright
     plant(workbench)
+    monkeypatch.setenv("CVOPS_MONITOR_REFRESH", "1.5")
     answers = "() => document.querySelector('.wb .tile strong').innerText"
     with dashboard_running(settings=workbench, name="monitoring") as (address, _), sync_playwright() as p:
         browser, errors, asked = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--disable-quic"]), [], []

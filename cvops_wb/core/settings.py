@@ -105,6 +105,7 @@ class Rollout:
 class Monitor:
     window: int = 2000          # newest predictions that one report looks at
     port: int = 8866            # of the dashboard
+    refresh: float = 10.        # seconds between two looks of the page `monitoring`
     drift_share: float = .3     # share of drifted columns that Evidently's page calls drift
     level: float = .01          # chance of ever accusing a healthy stream
     damage_margin: float = .05  # accuracy that may be lost before a new training is asked for

@@ -93,7 +93,7 @@ def make_strip(view: RolloutView) -> str:
         return f'<li class="{kind}"><span class="dot">{sign}</span><b>{share:.0%}</b></li>'
     return f'<ol class="steps" style="grid-template-columns:repeat({len(shares)},1fr)">{"".join(step(k, share) for k, share in enumerate(shares))}</ol>'
 
-def make_sequences(view: RolloutView, height: int = 170) -> str:
+def make_sequences(view: RolloutView, height: int = 260) -> str:
     "Evidence over the pairs of answers; above the line it is decided."
     if not view.trail: return make_card("Evidence", make_empty("No pair of answers yet. Callers of both arms are needed:", "cvops rollout status"), "w7")
     limit, names = -np.log10(view.level), [name for name in LINES if name in view.trail[-1][1]]
@@ -111,7 +111,8 @@ def make_arms(view: RolloutView) -> str:
     names = {"baseline": f"baseline: version {(state.previous or state.champion).version if state.event == 'promote' and state.previous else state.champion.version if state.champion else '?'}", "challenger": "challenger"}
     for arm, (answers, errors, truths, wrong) in view.seen.items():
         rows.append((f"<b>{escape(names.get(arm, arm))}</b>", f"{answers:,}", f"{errors:,}", f"{wrong:,} of {truths:,}" if truths else "–"))
-    events = [(escape(say_clock(event["time"])), f"<b>{escape(event['event'])}</b> {event.get('share') or 0:.0%}", escape(event["reason"])) for event in view.history[::-1][:8]]
+    shares = {event["number"]: f"{event['share']:.0%}" if event["event"] in ("start", "step") else "" for event in view.history}
+    events = [(escape(say_clock(event["time"])[5:]), f"<b>{escape(event['event'])}</b> {shares[event['number']]}", escape(event["reason"])) for event in view.history[::-1][:8]]
     return make_card("Seen of both", make_list(["", "answers", "errors", "wrong"], rows) + make_list(["time, UTC", "change", "why"], events), "w5")
 
 def render_rollout(view: RolloutView) -> str:

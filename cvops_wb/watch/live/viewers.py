@@ -13,6 +13,7 @@ from typing import Any
 
 from ...core.drawing import escape
 from ...core.errors import CvopsError, needs
+from ...core.settings import load_settings
 from ..dashboards import RESULTS
 from .frontpage import render_front
 from .glances import PERIODS, read_glance
@@ -62,7 +63,7 @@ def show_page(
     return stand
 
 # %% ../../../nbs/api/watch/live/06_viewers.ipynb #dd0a4656
-def show_monitoring(period: str = "24 hours", every: float = 10.) -> Any:
+def show_monitoring(period: str = "24 hours", every: float = 0.) -> Any:
     "The service at a glance, with pickers for period and camera."
     with needs("monitor"): import ipywidgets as widgets
     first = read_glance(period=period)
@@ -77,7 +78,7 @@ def show_monitoring(period: str = "24 hours", every: float = 10.) -> Any:
             chosen = cameras.value
             with cameras.hold_trait_notifications(): cameras.options, cameras.value = options, chosen
         return render_front(glance, RESULTS if os.environ.get("CVOPS_DASHBOARD") else "")
-    return show_page(draw, [spans, cameras], every)
+    return show_page(draw, [spans, cameras], every or load_settings().monitor.refresh)
 
 def show_rollout(every: float = 1.) -> Any:
     "The rollout as it goes."
