@@ -337,7 +337,7 @@ def dashboard(
     page: Annotated[str, typer.Argument(metavar="[PAGE]", help="workbench, monitoring, rollout.")] = "workbench",
     json: Json = False, dry_run: Dry = False,
 ) -> Reply:
-    """A Voila page, until Ctrl-C: of all this, of the service in production, of a rollout.
+    """A Voila page of all this, of the service, or of a rollout, until Ctrl-C.
 
     \b
     cvops dashboard monitoring      traffic, latency, drift and its causes, accuracy; live
