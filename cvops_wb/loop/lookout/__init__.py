@@ -25,8 +25,9 @@ What the watcher knows, for Prometheus, Grafana and people.
 
 def publish() -> dict[str, Any]:
     "After a look at the log: gauges for the service, messages for people."
-    from cvops_wb.watch import find_troubles, tell_people, write_gauges
+    from cvops_wb.watch import count_log, find_troubles, tell_people, write_gauges
     settings = load_settings()
+    count_log(settings)
     write_gauges(settings)
     troubles = find_troubles(settings)
     return {"troubles": [trouble.key for trouble in troubles], "told": tell_people(troubles, settings)}

@@ -10,7 +10,7 @@ from ...core.faces import lazy_face
 
 # %% ../../../nbs/api/watch/live/00_init.ipynb #fc6e8fce
 _rooms = {
-    "Aggregates": "aggregates", "Glance": "glances", "read_glance": "glances", "render_front": "frontpage", "write_mail": "frontpage",
+    "Aggregates": "aggregates", "Glance": "glances", "read_glance": "glances", "count_log": "glances", "render_front": "frontpage", "write_mail": "frontpage",
     "read_rollout": "rollouts", "render_rollout": "rollouts", "show_monitoring": "viewers", "show_rollout": "viewers",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERIODS', 'STRETCHES', 'LINE', 'Traffic', 'read_traffic', 'tell_cameras', 'Service', 'parse_metrics', 'ask_service',
-           'Glance', 'open_counts', 'read_estimates', 'find_log', 'read_glance']
+           'Glance', 'open_counts', 'read_estimates', 'find_log', 'count_log', 'read_glance']
 
 # %% ../../../nbs/api/watch/live/02_glances.ipynb #fd65703c
 import json
@@ -149,12 +149,17 @@ def read_estimates(settings: Settings, most: int = 60) -> tuple[Estimate, ...]:
         if known.get("value") is not None: found.append(Estimate(**{**known, "time": known.get("time") or record.until}))
     return tuple(sorted(found, key=lambda estimate: to_seconds(estimate.time) or 0.))
 
+# %% ../../../nbs/api/watch/live/02_glances.ipynb #glance02
 def find_log(settings: Settings) -> Path:
     "The live log; the newest rehearsal's where nobody has asked yet."
     live = settings.store/"predictions"
     if live.is_dir() and any(path.name[:1].isdigit() and path.stat().st_size for path in live.iterdir()): return live
     rehearsals = [run/"log" for run in group_runs(settings.reports).get("rehearse", []) if not run.suffix and (run/"log").is_dir()]
     return rehearsals[0] if rehearsals else live
+
+def count_log(settings: Settings, seconds: float = 60.) -> bool:
+    "Count what is new in the log, so that no page has to; False if time was too short."
+    return open_counts(str(find_log(settings)), str(settings.cache)).renew(seconds)
 
 def read_glance(
     settings: Settings | None = None,   # those of the current workbench if not given

@@ -78,7 +78,8 @@ def draw_evidence(timeline: Sequence[tuple[str, float]], since: float, until: fl
     points = [(when, score) for text, score in timeline if (when := to_seconds(text)) is not None and since <= when <= until]
     most = max([1.5, *(1.15*score for _, score in points)])
     def y(score: float) -> float: return height - 3 - score/most*(height - 6)
-    line = trace([((when - since)/(until - since)*WIDTH, y(score)) for when, score in points], "l3")
+    places = [((when - since)/(until - since)*WIDTH, y(score)) for when, score in points]
+    line = trace(places, "l3") + trace(places[-1:], "dot")
     over = f'<rect class="out" x="0" y="0" width="{WIDTH}" height="{y(1.):.1f}"/>' if any(score >= 1 for _, score in points) else ""
     return f'{over}<path class="limit" d="M0 {y(1.):.1f}H{WIDTH}"/>' + line, most
 
