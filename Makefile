@@ -6,14 +6,14 @@ SHELL  := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 UV     ?= $(shell command -v uv || echo .cvops/tools/uv/bin/uv)
 BIN    := .venv/bin
-DEBIAN := chromium fonts-dejavu-core git strace
+DEBIAN := chromium fonts-dejavu-core git prometheus prometheus-alertmanager strace
 say     = @printf '\033[1m── %s\033[0m\n' "$(1)"
 
 .PHONY: help system setup demo test test-full lab notebooks lock docs wheel bench-peers clean
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-system:         ## what Debian must bring, where it is missing (Chromium for the browser tests, git, strace)
+system:         ## what Debian must bring, where it is missing (Chromium for the browser tests, git, Prometheus, strace); starts no service
 	@sh .ci/system $(DEBIAN)
 
 setup: .venv/.ready     ## the environment alone: .venv from requirements.lock
@@ -62,6 +62,11 @@ bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each
 	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)
 	@test -x .cvops/peers/dedup/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/dedup
 	@$(UV) pip install --quiet --python .cvops/peers/dedup/bin/python imagededup==0.3.3.post2 imagehash==4.3.2
+	$(call say,peers of bench/drift.py)
+	@test -x .cvops/peers/alibi/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/alibi
+	@$(UV) pip install --quiet --python .cvops/peers/alibi/bin/python alibi-detect==0.13.0
+	@test -x .cvops/peers/frouros/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/frouros
+	@$(UV) pip install --quiet --python .cvops/peers/frouros/bin/python frouros==0.9.0
 
 wheel: setup    ## dist/cvops_wb-*.whl
 	@$(BIN)/python -m hatchling build -t wheel -d dist

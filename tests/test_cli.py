@@ -17,8 +17,8 @@ def call(*arguments, **environment):
     return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1", **environment}, timeout=120)
 
 
-COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "compare", "predict", "rollout", "run", "cancel", "lab", "sweep",
-            "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore"]
+COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "spotcheck", "suspects", "compare", "predict", "rollout", "run", "cancel", "lab", "sweep",
+            "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore", "watch"]
 
 
 def test_help_is_in_the_order_of_the_loop():
@@ -27,10 +27,10 @@ def test_help_is_in_the_order_of_the_loop():
     assert "The loop, in order:" in text and "cvops demo --data photos/" in text and "Exit status" in text
 
 
-GROUPED = [f"rollout {name}" for name in ("start", "status", "promote", "abort", "history", "watch")]
+GROUPED = [f"rollout {name}" for name in ("start", "status", "promote", "abort", "history", "watch")] + [f"watch {name}" for name in ("rules", "grafana", "tell")]
 
 
-@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name != "rollout"), *GROUPED])
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if name not in ("rollout", "watch")), *GROUPED])
 def test_every_command_takes_json_and_explains_itself(command):
     from typer.testing import CliRunner
 

@@ -12,11 +12,12 @@ OWNERS = {
     "label_studio_sdk": {"label"}, "cleanlab": {"label"},
     "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
     "bentoml": {"serve"}, "starlette": {"serve"}, "prometheus_client": {"serve"}, "onnxruntime": {"learn", "serve"},
+    "opentelemetry": {"serve"}, "grafana_foundation_sdk": {"watch"}, "apprise": {"watch"},
     "evidently": {"watch"}, "whylogs": {"watch"}, "ipywidgets": {"watch"}, "voila": {"watch"},
     "papermill": {"loop"}, "optuna": {"loop"}, "nbconvert": {"loop"}, "typer": {"loop"}, "ray": {"loop"}, "dagster_pipes": {"loop"},
 }
 # Vendors heavy enough that one room alone may import them.
-ONE_ROOM = {"fiftyone", "mlflow", "bentoml", "evidently", "papermill", "typer", "dvc"}
+ONE_ROOM = {"fiftyone", "mlflow", "bentoml", "evidently", "papermill", "typer", "dvc", "apprise", "grafana_foundation_sdk"}
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "_modidx.py" and "share" not in p.parts]
 
 

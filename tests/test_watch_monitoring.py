@@ -8,7 +8,7 @@ from watch_bench import make_bento, write_log
 from cvops_wb.core.errors import BadInput, BadModel
 from cvops_wb.core.files import dump_json
 from cvops_wb.core.records import parse_record
-from cvops_wb.watch import MonitorSpec, draw_columns, draw_timeline, monitor
+from cvops_wb.watch import MonitorSpec, draw_columns, draw_timeline, monitor, read_drift_state
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.monitoring import trace_column
 
@@ -35,7 +35,7 @@ def test_a_dark_camera(workbench, bento, out):
     assert window.drifted and window.share >= .3 and window.count == 600 and window.version == 1
     assert window.columns["brightness"]["note"].endswith("mostly camera-2")
     assert .6 < window.accuracy < .93 and window.since < window.until and window.report.startswith("reports/monitor-0000000000/")
-    assert sorted(p.name for p in out.iterdir()) == ["columns.parquet", "reference.parquet", "window.parquet"]
+    assert sorted(p.name for p in out.iterdir()) == ["columns.parquet", "drift.html", "reference.parquet", "window.parquet"]
     assert parse_record(json.loads(dump_json(window.to_dict()))) == window
     for figure in (draw_timeline(window), draw_columns(window)): assert len(figure.axes) >= 2
 
@@ -47,11 +47,20 @@ def test_a_good_day_and_twice_the_same(workbench, bento, out):
     assert monitor(LOG, bento, QUICK, out) == window
 
 
-@pytest.mark.parametrize("share, drifted", [(.01, True), (.9, False)])
-def test_the_share_that_is_called_drift(workbench, bento, out, share, drifted):
-    write_log(workbench.root/LOG, make_window(400, seed=4, darker=.3))
-    window = monitor(LOG, bento, MonitorSpec(share=share, report=False), out)
-    assert window.drifted is drifted and window.share > .3
+
+def test_one_verdict_and_its_causes(workbench, bento, out):
+    late = make_window(300, seed=4, darker=.4, dark_camera="camera-3", start="2026-03-02T15:00:00")
+    write_log(workbench.root/LOG, pd.concat([make_window(400, seed=3), late]))
+    window = monitor(LOG, bento, QUICK, out)
+    cause = window.causes[0]
+    assert window.drifted and window.score >= 1 and cause["camera"] == "camera-3" and "camera-3: darker by" in cause["words"]
+    assert "2026-03-02T13:30" < window.began < "2026-03-02T16:00" and .3 < window.severity <= 1
+    truth = set(late.loc[late["camera"] == "camera-3", "id"])
+    assert len(cause["samples"]) >= 20 and sum(i in truth for i in cause["samples"]) >= .9*len(cause["samples"])
+    page = (out/"drift.html").read_text()
+    assert "camera-3: darker by" in page and "not kept" in page and "<script" not in page and window.page.endswith("/drift.html")
+    state = read_drift_state(1)
+    assert state.drifted and state.causes[0].words == cause["words"] and state.report == window.page and state.cameras["camera-3"] >= 1
 
 
 def test_other_versions_in_between(workbench, bento, out):

@@ -9,6 +9,11 @@ from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.reports import mend_html, restore_lists, write_evidently
 
 HOSTILE = ("</script><script>window.hacked=1</script>", "<img src=x onerror=window.hacked=2>", "![x](http://example.com/x.png)", "{{7*7}}\u2028\"'`<!--")
+PAYLOADS = ("<script>window.hacked=1</script>", "<img src=x onerror=window.hacked=2>", "<svg/onload=window.hacked=3>", "<iframe srcdoc='<script>parent.hacked=4</script>'>",
+            "<a href=javascript:window.hacked=5>x</a>", "<style>@import '//example.com'</style>", "<base href=//example.com>", "<meta http-equiv=refresh content=0;url=//example.com>",
+            "<object data=//example.com>", "<math><mi xlink:href=javascript:window.hacked=6>")
+BREAKERS = ("{}", "</script>{}", "</style>{}", "</title>{}", "-->{}<!--", "\"'>{}", "'{}\\", "]]>{}", "\u2028{}\x00", "{{{{{}}}}}")
+HUNDRED = [breaker.format(payload) for breaker in BREAKERS for payload in PAYLOADS]
 PAGE = "<html><head></head><script>\n var m = {0};\n    var additional_graphs_m = {1};\n</script></html>"
 
 
@@ -33,6 +38,64 @@ def test_the_data_cannot_leave_their_script(name):
     mended = mend_html(PAGE.replace("{0}", json.dumps({name: 1})).replace("{1}", json.dumps({"x": name})))
     data = mended[mended.index("var m = "):mended.rindex("</script>")]
     assert "<" not in data and ">" not in data and json.loads(data[8:data.index(";\n")]) == {name: 1}
+
+
+def test_a_hundred_hostile_strings_cannot_leave_their_script():
+    mended = mend_html(PAGE.replace("{0}", json.dumps({name: name for name in HUNDRED})).replace("{1}", json.dumps(HUNDRED)), HUNDRED[11])
+    assert len(set(HUNDRED)) == 100 and find_raw(mended) == []
+    start = mended.index("var m = ") + 8
+    assert json.JSONDecoder().raw_decode(mended, start)[0] == {name: name for name in HUNDRED}
+
+
+def find_raw(page):
+    "Payloads that stand in a page as they are."
+    return [payload for payload in PAYLOADS if payload in page]
+
+
+def test_the_search_finds_what_is_raw(): assert find_raw(f"<p>{HUNDRED[42]}</p>") == [PAYLOADS[2]]
+
+
+def test_a_hundred_hostile_strings_on_the_verdicts_page():
+    from cvops_wb.watch.verdicts import Cause, DriftState, Estimate, render_sheet
+    causes = tuple(Cause("images", name, f"{name}: darker by 40 %", name, 2., -.4, .5, name, (name,)) for name in HUNDRED)
+    state = DriftState(1, HUNDRED[0], HUNDRED[1], 100, True, 2., .5, HUNDRED[2], causes, dict.fromkeys(HUNDRED, 1.), tuple(HUNDRED),
+                       Estimate(.9, .8, 1., known=False, why=HUNDRED[3]), (), tuple(HUNDRED), report=HUNDRED[4])
+    for title in HUNDRED: assert find_raw(render_sheet(state, {}, {name: name for name in HUNDRED}, title)) == []
+
+
+def test_a_camera_in_exif_is_no_markup(workbench):
+    import io
+
+    from PIL import Image
+
+    from cvops_wb.data import inspect_image
+    for name in HUNDRED[::9]:
+        image, out = Image.new("RGB", (64, 48)), io.BytesIO()
+        exif = image.getexif()
+        exif[0x110] = name
+        image.save(out, "JPEG", exif=exif)
+        camera = inspect_image(out.getvalue()).camera
+        from cvops_wb.watch.verdicts import DriftState, render_sheet
+        assert find_raw(render_sheet(DriftState(1, cameras={camera: .5}, notes=(camera,)), {}, {}, camera)) == []
+
+
+@pytest.mark.slow
+def test_a_hundred_hostile_classes_in_evidently(tmp_path):
+    import numpy as np
+    reference, window = (make_window(400, seed=seed).assign(**{HUNDRED[10]: 1.5}) for seed in (1, 2))
+    for frame in (reference, window): frame["predicted"] = frame["label"] = np.array(HUNDRED)[np.arange(400) % 100]
+    page = write_evidently(reference, window, tmp_path/"evidently.html", title=HUNDRED[7]).read_text()
+    assert find_raw(page) == [] and len(page) < 6e6
+
+
+@pytest.mark.slow
+def test_whylogs_reads_its_profile_again(tmp_path):
+    import whylogs
+
+    from cvops_wb.watch.reports import write_whylogs
+    path = write_whylogs(make_window(200, seed=1), tmp_path/"whylogs.bin")
+    table = whylogs.core.view.dataset_profile_view.DatasetProfileView.read(str(path)).to_pandas()
+    assert table.loc["brightness", "counts/n"] == 200 and "embedding" not in table.index
 
 
 @pytest.mark.parametrize("text", ["", "<html>", "<script>var a = {}</script>"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'SAMPLE_COLUMNS', 'ADDED_COLUMNS', 'Record', 'parse_record', 'Batch', 'Selection', 'View', 'Snapshot',
-           'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Envelope',
+           'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Trigger', 'Envelope',
            'read_envelope', 'read_record']
 
 # %% ../../nbs/api/core/04_records.ipynb #b4e5db1e
@@ -215,6 +215,27 @@ class Window(Record):
     since: str = ""
     until: str = ""
     accuracy: float | None = None
+    score: float = 0.           # evidence in parts of what an alarm takes
+    severity: float = 0.        # 0…1
+    began: str = ""             # when it began to differ; ISO 8601, UTC
+    causes: list[dict[str, Any]] = field(default_factory=list)  # words, camera, samples, …; gravest first
+    notes: list[str] = field(default_factory=list)              # what was odd about the log
+    estimate: dict[str, Any] = field(default_factory=dict)      # accuracy without labels: value, low, high, known, why
+    page: str = ""              # HTML: the causes and their images
+
+@dataclass(frozen=True)
+class Trigger(Record):
+    "The model does worse than it should: a reason to train again."
+    version: int
+    rule: str                   # margin, floor
+    value: float                # accuracy
+    low: float                  # its interval
+    high: float
+    limit: float                # that even its upper end is below
+    method: str                 # confidence, spot check, both
+    time: str                   # ISO 8601, UTC
+    causes: list[str] = field(default_factory=list)     # what had changed, in words
+    log: str = ""
 
 # %% ../../nbs/api/core/04_records.ipynb #9712739e
 @dataclass(frozen=True)

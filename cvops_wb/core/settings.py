@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'Workbench', 'Data', 'Runs', 'Train', 'Gate', 'Card', 'Tracking', 'Fiftyone', 'Serve', 'Rollout',
-           'Monitor', 'Settings', 'find_root', 'load_settings', 'parse_value']
+           'Monitor', 'Alerts', 'Settings', 'find_root', 'load_settings', 'parse_value']
 
 # %% ../../nbs/api/core/03_settings.ipynb #d31a183f
 import os
@@ -87,6 +87,7 @@ class Serve:
     threads: int = 0            # of ONNX Runtime in each worker; 0: cores divided by workers
     max_bytes: int = 10_000_000 # of one upload
     max_megapixels: float = 25. # of one upload
+    traces: str = ""            # OTLP address that takes OpenTelemetry's spans, e.g. http://127.0.0.1:4318/v1/traces; empty: none
 
 @dataclass(frozen=True)
 class Rollout:
@@ -104,7 +105,24 @@ class Rollout:
 class Monitor:
     window: int = 2000          # newest predictions that one report looks at
     port: int = 8866            # of the dashboard
-    drift_share: float = .3     # share of drifted columns that is called drift
+    refresh: float = 10.        # seconds between two looks of the page `monitoring`
+    drift_share: float = .3     # share of drifted columns that Evidently's page calls drift
+    level: float = .01          # chance of ever accusing a healthy stream
+    damage_margin: float = .05  # accuracy that may be lost before a new training is asked for
+    damage_floor: float = 0.    # accuracy below which it is asked for in any case; 0: none
+    cooldown_hours: float = 24. # between two triggers
+
+@dataclass(frozen=True)
+class Alerts:
+    available: float = .995     # of the requests that must not fail by the service's fault
+    fast_s: float = .2          # an answer that takes longer is slow; an edge of the histogram: 0.05, 0.1, 0.2, 0.5, 1, …
+    fast_share: float = .99     # of the answers that must not be slow
+    accuracy: float = .5        # an interval that lies below is an alert
+    silent_hours: float = 24.   # without a look at the predictions
+    label_days: float = 30.     # without feedback or a spot check
+    rollout_hours: float = 3.   # that a rollout may take
+    urls: str = ""              # where people are told, in Apprise's form, divided by spaces; secrets: CVOPS_ALERTS_URLS or `file`
+    file: str = ""              # that holds such addresses, one a line
 
 # %% ../../nbs/api/core/03_settings.ipynb #ab86417e
 @dataclass(frozen=True)
@@ -122,6 +140,7 @@ class Settings:
     serve: Serve = field(default_factory=Serve)
     rollout: Rollout = field(default_factory=Rollout)
     monitor: Monitor = field(default_factory=Monitor)
+    alerts: Alerts = field(default_factory=Alerts)
 
     @cached_property
     def store(self) -> Path: return self.root/self.data.store

@@ -320,20 +320,33 @@ def serve(
 def monitor(
     log: Annotated[str | None, typer.Option(help="A prediction log; else the live service's, else the newest rehearsal's.")] = None,
     newest: Annotated[int | None, typer.Option(help="Predictions to look at.")] = None,
+    mail: Annotated[str, typer.Option(metavar="FILE", help="Write the page `monitoring` as one file without script, to be sent.")] = "",
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """The prediction log against the reference: a verdict, an Evidently report."""
-    return run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
+    reply = run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
+    if not dry_run and reply.code == 0: reply.document |= lookout.publish()
+    if mail and not dry_run:
+        from cvops_wb.watch import write_mail
+        reply.document["mail"] = str(write_mail(place(mail)))
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #5d5386d8
 @app.command(rich_help_panel=LOOP)
-def dashboard(json: Json = False, dry_run: Dry = False) -> Reply:
-    """The Voila page of all this, until Ctrl-C."""
+def dashboard(
+    page: Annotated[str, typer.Argument(metavar="[PAGE]", help="workbench, monitoring, rollout.")] = "workbench",
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """A Voila page of all this, of the service, or of a rollout, until Ctrl-C.
+
+    \b
+    cvops dashboard monitoring      traffic, latency, drift and its causes, accuracy; live
+    """
     address = f"http://127.0.0.1:{load_settings().monitor.port}"
     if not dry_run:
         from cvops_wb.watch import open_dashboard
-        open_dashboard()
-    return Reply({"address": address}, f"would open {address}" if dry_run else "")
+        open_dashboard(name=page)
+    return Reply({"address": address, "page": page}, f"would open {address}" if dry_run else "")
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c48a98ef
 @app.command(rich_help_panel=ANY)
@@ -456,6 +469,6 @@ def clean(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import judging, keeping, releasing   # noqa: F401 - imported for what it registers
+from . import checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
 from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401

@@ -96,6 +96,7 @@ def _describe_rehearsal(r: Any) -> str:
     return f"{r.requests:,} requests, {r.failed} failed{right}, p50 {r.p50_ms:.1f} ms, p99 {r.p99_ms:.1f} ms"
 
 def _describe_window(r: Any) -> str:
+    if r.causes: return f"drift: {'; '.join(cause['words'] for cause in r.causes[:2])}; {r.count:,} predictions; cvops suspects shows the images"
     drifted = [name for name, column in r.columns.items() if column.get("drifted")]
     shown = f" ({', '.join(drifted[:3])}{' …' if len(drifted) > 3 else ''})" if drifted else ""
     return f"{'drift' if r.drifted else 'no drift'}: {len(drifted)} of {len(r.columns)} columns{shown}, {r.count:,} predictions"

@@ -111,12 +111,12 @@ def make_handlers(reports: Path) -> tuple[type, type, type]:
         def get(self) -> None: self.set_status(204)
     return Page, Results, Ready
 
-def make_server(notebook: Path, reports: Path, port: int, token: str) -> Any:
+def make_server(notebook: Path, reports: Path, port: int, token: str, ready: bool = False) -> Any:
     "Voila with our rules; `start()` serves until it is told to end."
     with needs("monitor"): from voila.app import Voila
     from tornado.web import ErrorHandler
     from traitlets.config import Config
-    page, results, ready = make_handlers(reports)
+    page, results, asked = make_handlers(reports)
 
     class Dashboard(Voila):
         def init_settings(self) -> dict:
@@ -127,11 +127,11 @@ def make_server(notebook: Path, reports: Path, port: int, token: str) -> Any:
             rest = [(h[0], page, *h[2:]) if h[1].__name__ == "TornadoVoilaHandler" else h for h in super().init_handlers()]
             kept = [h for h in rest if not any(part in h[0] for part in ("/voila/files/", "/login", "/logout"))]
             files = (r"/voila/files/.*", ErrorHandler, {"status_code": 404})
-            return [(r"/ready", ready), (rf"{RESULTS}/(.*)", results, {"path": str(reports)}), files, *kept]
+            return [(r"/ready", asked), (rf"{RESULTS}/(.*)", results, {"path": str(reports)}), files, *kept]
     config, headers = Config(), {"Content-Security-Policy": PAGE_POLICY.format(port=port), "Referrer-Policy": "same-origin"}
     config.Voila.update({"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "token": token,
                          "tornado_settings": {"headers": headers}})
-    config.VoilaConfiguration.update({"template": "workbench", "allow_template_override": "NO", "allow_theme_override": "NO"})
+    config.VoilaConfiguration.update({"template": "workbench", "allow_template_override": "NO", "allow_theme_override": "NO", "preheat_kernel": ready})     # ready: a kernel that has the page made waits for the next viewer
     config.MappingKernelManager.update({"cull_idle_timeout": 900, "cull_interval": 60})
     return Dashboard(config=config, notebook_path=str(notebook), config_file_paths=[])
 
@@ -139,7 +139,7 @@ def make_server(notebook: Path, reports: Path, port: int, token: str) -> Any:
 def serve_page() -> None:
     "What the server's process runs: Voila with what stands in its environment."
     order, token = json.loads(os.environ["CVOPS_DASHBOARD"]), os.environ.pop("CVOPS_DASHBOARD_TOKEN")
-    server = make_server(Path(order["notebook"]), Path(order["reports"]), order["port"], token)
+    server = make_server(Path(order["notebook"]), Path(order["reports"]), order["port"], token, order["ready"])
     server.initialize([])
     server.start()
 
@@ -163,7 +163,7 @@ def dashboard_running(
     port, token = port or free_port(), secrets.token_urlsafe(24)
     folder = settings.cache/"dashboard"
     write_template(folder, f"{settings.workbench.name} · cvops")
-    order = {"notebook": str(find_notebook(settings, name)), "reports": str(settings.reports), "port": port}
+    order = {"notebook": str(find_notebook(settings, name)), "reports": str(settings.reports), "port": port, "ready": name != "workbench"}     # a page that renews itself
     settings.reports.mkdir(parents=True, exist_ok=True)
     env = {"CVOPS_ROOT": str(settings.root), "CVOPS_DASHBOARD": dump_json(order, indent=None), "CVOPS_DASHBOARD_TOKEN": token,
            "JUPYTER_PATH": str(folder), "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_NO_CONFIG": "1"}

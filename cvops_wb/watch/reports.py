@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICY', 'SKIPPED', 'restore_lists', 'dump_script', 'mend_html', 'quick_imports', 'choose_columns', 'hide_unknown',
-           'judge_categories', 'register_test', 'write_evidently', 'run_evidently']
+           'judge_categories', 'register_test', 'write_evidently', 'write_whylogs', 'run_evidently']
 
 # %% ../../nbs/api/watch/03_reports.ipynb #a81d7f3f
 import base64
@@ -124,6 +124,15 @@ def write_evidently(
                        fix="give frames with the columns of the prediction log")
     page = run_evidently(reference[numbers + categories], window[numbers + categories], numbers, alpha/len(numbers + categories), share)
     return write_atomic(path, mend_html(page, title), durable=False)
+
+def write_whylogs(rows: pd.DataFrame, path: Path) -> Path:
+    "whylogs' profile of the columns that are numbers or words, for those who read them elsewhere."
+    hush()
+    with needs("monitor"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # its own deprecations
+        import whylogs
+        kept = [name for name in rows if name not in ("embedding", "scores", "objects")]
+        return write_atomic(path, whylogs.log(rows[kept]).profile().view().serialize(), durable=False)
 
 def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, numbers: list[str], limit: float, share: float) -> str:
     "Evidently's page, as it writes it."

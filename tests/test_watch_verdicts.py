@@ -1,0 +1,146 @@
+"The watcher keeps its level over all windows, sees what was planted, names the images, and goes on where it was stopped."
+import numpy as np
+import pandas as pd
+import pytest
+
+from cvops_wb.core.errors import BadInput, BadRecord
+from cvops_wb.watch.drift import make_window
+from cvops_wb.watch.verdicts import Watcher, explain
+from cvops_wb.watch.verdicts.bets import PARTS, Bettor, find_seats, make_table
+from cvops_wb.watch.verdicts.scores import CELLS, Lane, choose_columns
+from cvops_wb.watch.verdicts.watchers import dump_watcher, load_watcher, to_milliseconds
+
+REFERENCE = make_window(600, seed=1)
+
+
+def accuse(learn: bool = True, shift: float = 0., lanes: int = 400, windows: int = 25, known: int = 200) -> float:
+    "The share of independent streams (each a lane) that are ever accused at 5 %; `learn` False: new rows do not join the bag."
+    rng = np.random.default_rng(0)
+    def draw(count): return (rng.normal(0, 30, (count, lanes)) + 127 + 30*shift).clip(0, 254).astype(np.uint8)
+    bag = np.stack([np.bincount(row, minlength=CELLS) for row in (rng.normal(127, 30, (known, lanes))).clip(0, 254).astype(np.uint8).T])
+    made = [Lane("images", "x")]*lanes
+    bettor = Bettor(make_table(made[:1]).repeat(lanes, 0), np.stack([find_seats(made[0])]*lanes), bag)
+    for _ in range(windows):
+        if not learn: bettor.bag = bag.copy()
+        bettor.add(draw(100), rng.random((100, lanes)))
+    return float((bettor.peaks >= np.log(20)).mean())
+
+
+def test_a_healthy_stream_is_accused_as_seldom_as_promised_over_all_windows():
+    assert accuse() <= .05      # of 400 streams, over 25 windows each
+
+
+def test_the_same_gambler_against_a_frozen_reference_would_not_keep_it():
+    # the planted bug: new rows do not join the bag, so the chance error of the reference is bet on for ever
+    assert accuse(learn=False) > .15
+
+
+def test_each_bet_is_fair():
+    from cvops_wb.watch.verdicts.bets import learn_bet
+    tables = make_table([Lane("images", "x"), Lane("answers", "predicted", "tea", .03), Lane("answers", "predicted", "milk", .5)])
+    assert np.allclose(np.exp(tables.astype(float)).mean(1), 1, atol=1e-5)
+    seats = np.stack([find_seats(Lane("answers", "predicted", "rarity", 0., (.5, .3, .15, .05))), find_seats(Lane("images", "x"))])
+    widths = np.stack([np.bincount(row, minlength=48) for row in seats])/PARTS
+    bets = learn_bet(np.random.default_rng(0).integers(0, 40, widths.shape)*(widths > 0), widths)
+    assert np.allclose((np.exp(bets)*widths).sum(1), 1)
+
+
+@pytest.mark.parametrize("change, rows", [
+    (lambda w: w.assign(brightness=w["brightness"]*.7), 50), (lambda w: w.assign(sharpness=w["sharpness"]*.6), 100),
+    (lambda w: w.assign(confidence=w["confidence"]*.85), 100), (lambda w: w.assign(embedding=[e + np.float32(.7) for e in w["embedding"]]), 200),
+    (lambda w: w.assign(width=320), 50), (lambda w: w.assign(predicted=np.where(np.arange(len(w)) % 3 == 0, "tea", w["predicted"])), 600),
+    (lambda w: w.assign(predicted=w["predicted"].replace("jam", "honey")), 200), (lambda w: w.assign(camera="camera-9"), 100),
+    (lambda w: w.assign(brightness=w["brightness"].where(np.arange(len(w)) % 4 > 0)), 200),
+    (lambda w: w.assign(brightness=w["brightness"].mean() + 2*(w["brightness"] - w["brightness"].mean())), 400),
+    (lambda w: w.assign(embedding=[None]*len(w)), 50), (lambda w: w.assign(bytes=w["bytes"]*.8), 150),
+], ids=["dark", "blur", "unsure", "appearance", "size", "mix", "new answer", "new camera", "missing", "spread", "no embeddings", "compression"])
+def test_what_was_planted_is_seen_soon(change, rows):
+    watcher, seen = Watcher.learn(REFERENCE), 0
+    watcher.add(make_window(400, seed=2))
+    assert not watcher.drifted
+    while not watcher.drifted and seen < rows:
+        watcher.add(change(make_window(50, seed=50 + seen)))
+        seen += 50
+    assert watcher.drifted and seen <= rows
+
+
+def test_a_slow_ramp():
+    watcher, seen = Watcher.learn(REFERENCE), 0
+    while not watcher.drifted and seen < 40:
+        watcher.add(make_window(50, seed=500 + seen, darker=.01*seen))
+        seen += 1
+    assert seen <= 20       # before a fifth of the light is gone
+
+
+@pytest.mark.parametrize("camera", ["camera-1", "camera-2", "camera-3"])
+def test_the_camera_and_its_images_are_named(camera):
+    late = make_window(300, seed=4, darker=.4, dark_camera=camera, start="2026-03-02T14:05:00")
+    day = pd.concat([make_window(600, seed=3), late], ignore_index=True)
+    watcher = Watcher.learn(REFERENCE)
+    for start in range(0, len(day), 100): watcher.add(day.iloc[start:start + 100])
+    causes = explain(watcher, REFERENCE, day, to_milliseconds(day["time"]))
+    truth = set(late.loc[late["camera"] == camera, "id"])
+    assert causes[0].camera == camera and "darker by" in causes[0].words and causes[0].words.startswith(f"{camera}: ")
+    assert sum(sample in truth for sample in causes[0].samples) >= .9*len(causes[0].samples) >= 20
+    assert "2026-03-02T13:30" <= causes[0].since <= "2026-03-02T14:40"
+    assert max(watcher.cameras, key=watcher.cameras.get) == camera and .3 < causes[0].severity <= 1
+
+
+def test_one_bad_image_in_ten_is_found_among_the_healthy():
+    window = make_window(800, seed=5)
+    bad = np.random.default_rng(0).random(800) < .1
+    window["brightness"] = window["brightness"]*np.where(bad, .4, 1.)
+    watcher = Watcher.learn(REFERENCE)
+    watcher.add(window)
+    causes = explain(watcher, REFERENCE, window, to_milliseconds(window["time"]))
+    assert np.isin(causes[0].samples[:40], window.loc[bad, "id"]).mean() >= .95
+
+
+def test_stopped_anywhere_it_goes_on_as_if_nothing_had_been():
+    day = pd.concat([make_window(300, seed=6), make_window(300, seed=7, darker=.12, start="2026-03-02T14:00:00")], ignore_index=True)
+    whole, parts = Watcher.learn(REFERENCE), Watcher.learn(REFERENCE)
+    for start in range(0, 600, 75):
+        whole.add(day.iloc[start:start + 75])
+        parts = load_watcher(Watcher.learn(REFERENCE), *dump_watcher(parts))
+        parts.add(day.iloc[start:start + 75])
+        assert parts.score == whole.score and parts.cameras == whole.cameras and parts.drifted == whole.drifted
+    assert whole.drifted
+
+
+def test_when_all_is_well_again_it_says_so_and_can_be_alarmed_once_more():
+    watcher = Watcher.learn(REFERENCE)
+    watcher.add(make_window(200, seed=8, darker=.4))
+    assert watcher.drifted
+    for k in range(4): watcher.add(make_window(200, seed=80 + k))
+    assert not watcher.drifted and watcher.score < 1 and [event["event"] for event in watcher.events] == ["alarm", "healthy"]
+    watcher.add(make_window(200, seed=9, darker=.4))
+    assert watcher.drifted and watcher.alarms == 2
+
+
+def test_a_camera_that_the_reference_does_not_know_is_held_against_itself():
+    reference = REFERENCE.assign(camera="")
+    watcher = Watcher.learn(reference)
+    for k in range(4): watcher.add(make_window(200, seed=90 + k))
+    assert not watcher.drifted and set(watcher.cameras) <= {"camera-1", "camera-2", "camera-3"}
+
+
+@pytest.mark.parametrize("reference, window, words", [
+    (REFERENCE[:20], REFERENCE, "too small"), (REFERENCE, pd.DataFrame({"time": ["2026"]}), "nothing to compare"),
+    (REFERENCE, make_window(60).assign(embedding=[np.zeros(3, np.float32)]*60), "different lengths"),
+])
+def test_what_cannot_be_judged_is_said(reference, window, words):
+    with pytest.raises(BadInput, match=words) as caught: Watcher.learn(reference, window).add(window)
+    assert caught.value.fix
+
+
+def test_the_memory_of_another_reference_is_refused():
+    watcher = Watcher.learn(REFERENCE)
+    with pytest.raises(BadRecord): load_watcher(Watcher.learn(REFERENCE.drop(columns="embedding")), *dump_watcher(watcher))
+
+
+@pytest.mark.parametrize("drop", ["embedding", "brightness", "predicted", "camera"])
+def test_a_column_that_neither_has_is_not_missed(drop):
+    reference, window = REFERENCE.drop(columns=drop), make_window(200, seed=3).drop(columns=drop)
+    watcher = Watcher.learn(reference, window)
+    watcher.add(window)
+    assert not watcher.drifted and drop not in choose_columns(reference, window)
