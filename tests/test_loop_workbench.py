@@ -116,3 +116,12 @@ def test_nothing_is_cleaned_while_it_is_used(workbench):
         with pytest.raises(CvopsError, match="in use"): clean_caches()
         assert part.is_dir() and len(clean_caches(dry_run=True)) == 1
     assert list(clean_caches()) == ["reports/train-0000000001.part"]
+
+
+@pytest.mark.parametrize("folder, name", [("Shelf 7", "shelf-7"), ("grocery", "grocery"), ("Ä", "workbench")])
+def test_a_workbench_bears_the_name_of_its_folder(folder, name, tmp_path):
+    "Its data set, its experiment and its models are not called after the demo's warehouse; nothing else in settings.ini changes."
+    init_workbench(tmp_path/folder)
+    assert load_settings(tmp_path/folder).workbench.name == name
+    pairs = zip((tmp_path/folder/"settings.ini").read_text().splitlines(), (REPO/"settings.ini").read_text().splitlines(), strict=True)
+    assert [theirs.split("#")[0].split("=")[0].strip() for theirs, ours in pairs if theirs != ours] == ["name"]

@@ -6,6 +6,7 @@
 __all__ = ['TEMPLATES', 'SKIPPED', 'IGNORED', 'PROJECT', 'find_templates', 'init_workbench']
 
 # %% ../../nbs/api/loop/09_workbench.ipynb #c4bd2be0
+import re
 import shutil
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def init_workbench(
     written = [name for name in [*texts, *files] if not (root/name).exists()]
     if dry_run: return written
     for name in sorted(written, key=lambda n: n == "settings.ini"): # last: a folder that has one is whole
-        _write(root/name, texts[name].encode() if name in texts else files[name].read_bytes())
+        _write(root/name, texts[name].encode() if name in texts else _call_it(files[name], _name(root)))
     _start_git(root)
     return written
 
@@ -81,6 +82,10 @@ def _is_skipped(path: Path, base: Path) -> bool:
 def _name(root: Path) -> str:
     name = "".join(c if c.isalnum() and c.isascii() else "-" for c in root.name.lower()).strip("-")
     return name or "workbench"
+
+def _call_it(path: Path, name: str) -> bytes:
+    content = path.read_bytes()
+    return re.sub(rb"(?m)^name = warehouse( *)(?=#)", f"name = {name} ".encode().ljust(28), content, count=1) if path.name == "settings.ini" else content
 
 def _write(path: Path, content: bytes) -> None:
     try: write_atomic(path, content, durable=False)
