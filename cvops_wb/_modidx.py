@@ -3827,6 +3827,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.take_numbers': ( 'api/watch/verdicts/offenders.html#take_numbers',
                                                                                                        'cvops_wb/watch/verdicts/offenders.py'),
+                                                   'cvops_wb.watch.verdicts.offenders.tell_edge': ( 'api/watch/verdicts/offenders.html#tell_edge',
+                                                                                                    'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.tell_lane': ( 'api/watch/verdicts/offenders.html#tell_lane',
                                                                                                     'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.tell_number': ( 'api/watch/verdicts/offenders.html#tell_number',

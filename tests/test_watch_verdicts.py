@@ -125,7 +125,7 @@ def test_a_camera_that_the_reference_does_not_know_is_held_against_itself():
 
 
 @pytest.mark.parametrize("reference, window, words", [
-    (REFERENCE[:20], REFERENCE, "too small"), (REFERENCE, pd.DataFrame({"time": ["2026"]}), "nothing to compare"),
+    (REFERENCE[:7], REFERENCE, "too small"), (REFERENCE, pd.DataFrame({"time": ["2026"]}), "nothing to compare"),
     (REFERENCE, make_window(60).assign(embedding=[np.zeros(3, np.float32)]*60), "different lengths"),
 ])
 def test_what_cannot_be_judged_is_said(reference, window, words):
@@ -144,3 +144,29 @@ def test_a_column_that_neither_has_is_not_missed(drop):
     watcher = Watcher.learn(reference, window)
     watcher.add(window)
     assert not watcher.drifted and drop not in choose_columns(reference, window)
+
+
+@pytest.mark.parametrize("rows", [8, 16, 35])
+def test_a_small_reference_costs_power_and_not_level(rows):
+    "A first data set has few images: the watcher begins, and accuses nobody healthy."
+    accused = 0
+    for seed in range(12):
+        watcher = Watcher.learn(make_window(rows, seed=700 + seed), seed=seed)
+        for k in range(4): watcher.add(make_window(100, seed=9000 + 10*seed + k))
+        accused += watcher.drifted
+    assert accused == 0
+
+
+def test_a_small_reference_still_sees_what_is_large():
+    watcher = Watcher.learn(make_window(35, seed=3))
+    watcher.add(make_window(100, seed=40).assign(brightness=lambda w: w["brightness"]*.4, contrast=lambda w: w["contrast"]*.4))
+    assert watcher.drifted
+
+
+@pytest.mark.parametrize("before, now, words", [
+    ([348]*80 + [464]*20, [348]*60 + [464]*20 + [320]*20, "width 320 in 20 % of the images, was 0 %"),
+    (np.arange(100.), np.r_[np.arange(-40., 0, 2)*3, np.linspace(25, 99, 80)], "narrower in"),
+])
+def test_a_number_whose_middle_stands_still_is_told_by_what_moved(before, now, words):
+    from cvops_wb.watch.verdicts.offenders import tell_edge
+    assert tell_edge("width", np.asarray(before, float), np.asarray(now, float)).startswith(words)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'LOOKS', 'weigh_rows', 'Suspicion', 'list_suspicions', 'find_first', 'take_numbers', 'tell_number',
-           'tell_lane', 'find_camera', 'group_suspicions', 'explain']
+           'tell_edge', 'tell_lane', 'find_camera', 'group_suspicions', 'explain']
 
 # %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #29d296ae
 from dataclasses import dataclass
@@ -83,9 +83,20 @@ def tell_number(column: str, reference: pd.DataFrame, rows: pd.DataFrame) -> tup
     wide = [float(np.subtract(*np.quantile(side, (.9, .1)))) for side in sides]
     if abs(now - before) < .08*wide[0] and wide[0] and abs(wide[1]/wide[0] - 1) > .1:
         return f"{column} {say_change(wide[1]/wide[0] - 1, 'more spread', 'less spread')}", round(change, 4)
+    if abs(change) < 5e-4: return tell_edge(column, *sides), round(change, 4)
     size = f"{abs(change):.1%}" if abs(change) < .095 else f"{abs(change):.0%}"
     times = f"{1 + change:.1f} times" if change >= 1 else f"by {size.replace('%', ' %')}"
     return f"{up_down[change < 0]} {times}", round(change, 4)
+
+def tell_edge(column: str, before: np.ndarray, now: np.ndarray) -> str:
+    "What became of a number whose middle stands still: one value that many have now, or an end that has grown."
+    values, counts = np.unique(now, return_counts=True)
+    grown = counts/len(now) - (before[:, None] == values).mean(0)
+    best = int(grown.argmax())
+    if grown[best] > .05: return f"{column} {values[best]:g} in {counts[best]/len(now):.0%} of the images, was {(before == values[best]).mean():.0%}".replace("%", " %")
+    low, high = np.quantile(before, (.1, .9))
+    below, above = float((now < low).mean()), float((now > high).mean())
+    return f"{WORDS.get(column, (f'{column} higher', f'{column} lower'))[below > above]} in {max(below, above):.0%} of the images, was 10 %".replace("%", " %").replace("  %", " %")
 
 def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[str, float | None]:
     "What a lane saw in words, and the relative change where it is a number's."

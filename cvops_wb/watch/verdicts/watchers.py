@@ -84,10 +84,10 @@ class Stream:
 # %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #40aa1836
 def split_reference(reference: pd.DataFrame, columns: list[str], seed: int = 0, most: int = 6000) -> tuple[Ruler, dict[str, np.ndarray]]:
     "The ruler, and of each camera how many rows of the rest are in each cell; `BadInput` if there are too few."
-    if len(reference) < 40:
-        raise BadInput("the reference is too small", got=f"{len(reference)} rows", fix="give at least 40, better 300: evaluate on more images")
+    if len(reference) < 8:
+        raise BadInput("the reference is too small", got=f"{len(reference)} rows", fix="give at least 8, better 300: evaluate on more images")
     order = np.random.default_rng(seed).permutation(len(reference))[:most]
-    taught = int(np.clip(len(order)//3, 20, 1000))
+    taught = int(np.clip(len(order)//3, min(20, len(order)//2), 1000))     # few rows cost power, not level
     ruler, rest = Ruler.learn(reference.iloc[order[:taught]], columns), reference.iloc[order[taught:]]
     cells = ruler.measure(rest)
     cameras = rest["camera"].fillna("").astype(str).to_numpy() if "camera" in columns else np.full(len(rest), "")
