@@ -336,10 +336,14 @@ def test_forget(copy, everywhere):
     log_folder = settings.store/"predictions"
     log_folder.mkdir()
     (log_folder/"1-1.jsonl").write_text(f'{{"request_id": "a", "id": "{row.id}"}}\n{{"request_id": "b", "id": "{table["id"].iloc[0]}"}}\n')
+    kept = settings.store/"kept"/row.id[:2]/row.id
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(data)      # the service had kept it for a while
     told = call("forget", row.id[:12], *(["--history"] if everywhere else []), "--dry-run")[1]["receipt"]
     assert told["images"] == [row.sha256] and set(told["versions"]) == {first.id, second.id} and holds(settings.store, data)
     code, told = call("forget", row.id[:12], *(["--history"] if everywhere else []))
     receipt, now = told["receipt"], open_snapshot(find_snapshot())
+    assert not kept.exists()
     assert code == 0 and row.id not in set(now.table["id"]) and len(now.table) == len(table) - 1
     assert {id: now.read(id) for id in others} == others
     assert not holds(settings.store, data) and row.id not in (log_folder/"1-1.jsonl").read_text() and receipt["predictions"]["rows"] == 1

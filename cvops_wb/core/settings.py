@@ -87,6 +87,10 @@ class Serve:
     threads: int = 0            # of ONNX Runtime in each worker; 0: cores divided by workers
     max_bytes: int = 10_000_000 # of one upload
     max_megapixels: float = 25. # of one upload
+    keep_share: float = .05     # of all images that are kept, for spot checks and to be looked at; 0: none of the sure ones
+    keep_below: float = .5      # images whose answer is less sure are kept too; 0: none
+    keep_mb: int = 1000         # of kept images; then the oldest go
+    keep_days: int = 30         # that an image is kept
     traces: str = ""            # OTLP address that takes OpenTelemetry's spans, e.g. http://127.0.0.1:4318/v1/traces; empty: none
 
 @dataclass(frozen=True)

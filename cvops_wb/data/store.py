@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Source', 'write_samples', 'read_samples', 'Arrival', 'Busy', 'Store', 'make_folder', 'open_writer', 'stage', 'commit',
-           'tabulate', 'list_samples', 'list_rejected', 'read_blob']
+           'tabulate', 'list_samples', 'list_rejected', 'find_kept', 'read_blob']
 
 # %% ../../nbs/api/data/02_store.ipynb #24529914
 import errno
@@ -305,6 +305,11 @@ def list_rejected(settings: Settings | None = None) -> pd.DataFrame:
     return Store(settings).read_all("select * from rejected order by origin, name")
 
 # %% ../../nbs/api/data/02_store.ipynb #e12b9ae4
+def find_kept(sha256: str, settings: Settings | None = None) -> Path | None:
+    "An image that the service keeps for a while, where it is none of the store's."
+    path = (settings or load_settings()).store/"kept"/sha256[:2]/sha256[:16]
+    return path if path.is_file() else None
+
 def read_blob(
     sample: str | Mapping[str, Any] | Any,              # a row of the sample table, a `sha256` or an `id`
     settings: Settings | None = None,
@@ -312,7 +317,7 @@ def read_blob(
 ) -> bytes:
     "An image's bytes, verified; `BadInput` if they are not there or damaged."
     sha256, ext = _name(sample)
-    path = Store(settings).find_blob(sha256, ext)
+    path = Store(settings).find_blob(sha256, ext) or find_kept(sha256, settings)
     packed = None if path or fallback else find_packed((settings or load_settings()).versioned/"shards", sha256)
     if path is None and fallback is None and packed is None:
         raise BadInput("the image is not in the store", got=sha256, fix="ingest its source again, or check out the version that has it")

@@ -43,9 +43,10 @@ class Client:
         camera: str = "",   # for the log
         caller: str = "",   # for the log
         request_id: str = "",
+        keep: bool = True,  # False: the service must not keep the image
     ) -> dict[str, Any]:
         "The answer: label, confidence, top, scores, version, model, request_id, time, latency_ms; `CallFailed` if there is none."
-        named = {"x-camera": camera, "x-caller": caller, "x-request-id": request_id}
+        named = {"x-camera": camera, "x-caller": caller, "x-request-id": request_id, "x-keep": "" if keep else "no"}
         headers = {name: re.sub(r"[\x00-\x1f\x7f]+", " ", value).strip().encode() for name, value in named.items() if value}
         return self.call("POST", "/predict", content=to_bytes(image), headers={"content-type": "application/octet-stream", **headers})
 

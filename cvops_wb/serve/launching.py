@@ -160,9 +160,10 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 def make_environment(settings: Settings, given: Settings, folder: Path, log: Path, scratch: str) -> dict[str, str]:
     "What a worker is told: settings, folders, and the bento's own code before any that is installed."
-    serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(given.serve).items()}
+    own = given.serve if log == (settings.store/"predictions").resolve() else replace(given.serve, keep_share=0., keep_below=0.)   # a rehearsal's images are in the store
+    serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(own).items()}
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "CVOPS_MODELS": str(settings.root),
-            "CVOPS_ROLLOUT": str(settings.store/"rollout"), "CVOPS_FEEDBACK": str(settings.store/"feedback"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
+            "CVOPS_ROLLOUT": str(settings.store/"rollout"), "CVOPS_FEEDBACK": str(settings.store/"feedback"), "CVOPS_KEPT": str(settings.store/"kept"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
             "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
 
 # %% ../../nbs/api/serve/08_launching.ipynb #567ad5fe

@@ -29,6 +29,7 @@ from ..core.settings import Serve, load_settings
 from .inference import Answer, Classifier, count_threads
 from .limits import BadRequest, Gate, check_caller, check_host, explain, read_feedback, read_small, read_tokens, read_upload
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
+from .pictures import Pictures
 from .predictions import PredictionLog, tell_time, to_row
 from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
 from .rollouts.traffic import Choice, Loaded, Traffic, describe_traffic
@@ -114,6 +115,7 @@ class Application:
                                self.log_folder.parent/"watch"/"gauges.json")
         self.tracer = open_tracer(self.settings.traces, self.service)
         self.feedback = PredictionLog(Path(os.environ.get("CVOPS_FEEDBACK") or self.log_folder.parent/"feedback"))
+        self.pictures = Pictures(Path(os.environ.get("CVOPS_KEPT") or self.log_folder.parent/"kept"), self.settings)
         self.pool = ThreadPoolExecutor(self.threads, "look")
         facts = Facts(self.service, self.model, self.version, model.classes, self.settings.max_bytes, self.settings.max_megapixels, bool(self.tokens))
         about = {"name": card["model_name"], "version": self.version, "alias": card["alias"], "model": self.model,
@@ -138,7 +140,7 @@ class Application:
         self.traffic.close()
         self.pool.shutdown()
         if self.tracer: self.tracer.close()
-        for log in (self.log, self.feedback): log.close()
+        for each in (self.log, self.feedback, self.pictures): each.close()
 
     async def __call__(self, scope: Mapping[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] == "http": await handle(self, Request(scope, receive), send)
@@ -210,6 +212,7 @@ def look(app: Application, data: bytes, request: Request) -> Reply:
     request.parts.append(("look", begin, logged := perf_counter()))
     ours, latency = choice.loaded, round((perf_counter() - request.begin)*1e3, 3)
     note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag))
+    app.pictures.offer(answer.id, data, answer.confidence, request.headers.get("x-keep", ""))
     if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
     request.parts.append(("prediction row", logged, perf_counter()))
     app.metrics.tell(ours.version, answer.label, answer.confidence, len(data), waiting=app.gate.inside)

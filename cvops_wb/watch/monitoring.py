@@ -9,7 +9,7 @@ __all__ = ['HEADING', 'GREY', 'read_reference', 'take_window', 'MonitorSpec', 'm
 
 # %% ../../nbs/api/watch/04_monitoring.ipynb #67dfe42f
 import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,14 @@ def score_lanes(watcher: Watcher, reference: pd.DataFrame, window: pd.DataFrame)
     return {name: {"kind": kind, "score": round(scores[name], 5), "threshold": 1., "drifted": bool(watcher.drifted and scores[name] >= 1)}
             for name, kind in list_columns(reference, window).items() if name in scores}
 
-def write_sheet(path: Path, state: DriftState, window: pd.DataFrame, title: str = "", most: int = 18) -> Path:
+def write_sheet(path: Path, state: DriftState, window: pd.DataFrame, title: str = "") -> Path:
     "The page of the verdict, with small pictures of the offending images that were kept."
     from cvops_wb.data import read_blob
     photos: dict[str, bytes] = {}
-    for sample in dict.fromkeys(s for cause in state.causes for s in cause.samples[:most]):
+    for sample in dict.fromkeys(s for cause in state.causes for s in cause.samples):
         try: photos[sample] = shrink(read_blob(sample))
         except (CvopsError, OSError): continue      # not kept, or not readable any more: the page says so
+    state = replace(state, causes=tuple(replace(c, samples=tuple(sorted(c.samples, key=lambda s: s not in photos))) for c in state.causes))  # those that can be seen
     captions = {row.id: f"{row.camera or ''} {str(row.time)[11:19]} {row.predicted or ''}" for row in window.itertuples()}
     return write_atomic(path, render_sheet(state, photos, captions, title), durable=False)
 

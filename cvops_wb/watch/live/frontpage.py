@@ -107,7 +107,7 @@ def make_causes(glance: Glance, base: str = "") -> str:
 
 def make_cause(cause: Cause, glance: Glance) -> str:
     "A cause in words, and its worst images."
-    shots = "".join(make_shot(glance.photos[sample], sample) for sample in cause.samples[:6] if sample in glance.photos)
+    shots = "".join(make_shot(glance.photos[sample], sample) for sample in [s for s in cause.samples if s in glance.photos][:6])
     return f'<section class="cause"><p>{escape(cause.words)}</p>{shots and f"<div class=shots>{shots}</div>"}</section>'
 
 def make_shot(photo: bytes, name: str) -> str:

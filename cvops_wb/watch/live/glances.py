@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PERIODS', 'STRETCHES', 'LINE', 'Traffic', 'read_traffic', 'tell_cameras', 'Service', 'parse_metrics', 'ask_service',
-           'Glance', 'open_counts', 'read_estimates', 'find_log', 'count_log', 'read_glance']
+           'Glance', 'open_counts', 'take_photos', 'read_estimates', 'find_log', 'count_log', 'read_glance']
 
 # %% ../../../nbs/api/watch/live/02_glances.ipynb #fd65703c
 import json
@@ -13,9 +13,10 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,10 @@ def _shrink(sample: str, store: str) -> bytes | None:
     try: return shrink(read_blob(sample))
     except (CvopsError, OSError): return None       # not kept
 
+def take_photos(samples: Sequence[str], settings: Settings, most: int = 6) -> list[tuple[str, bytes]]:
+    "The first of these samples whose image was kept, small."
+    return list(islice(((s, p) for s in samples if (p := _shrink(s, str(settings.store)))), most))
+
 def read_estimates(settings: Settings, most: int = 60) -> tuple[Estimate, ...]:
     "What past runs of `monitor` estimated, oldest first."
     found = []
@@ -184,7 +189,6 @@ def read_glance(
     attempt("drift", lambda: read_drift_state(settings=settings))
     attempt("estimates", lambda: read_estimates(settings))
     attempt("training", lambda: tuple(s for s in read_steps(settings)[0] if s.stage in ("train", "evaluate", "register", "package") and s.made))
-    samples = [s for cause in (parts["drift"].causes[:4] if parts.get("drift") else ()) for s in cause.samples[:6]]
-    photos: Mapping[str, bytes | None] = {s: _shrink(s, str(settings.store)) for s in dict.fromkeys(samples)}
+    photos = {s: p for cause in (parts["drift"].causes[:4] if parts.get("drift") else ()) for s, p in take_photos(cause.samples, settings)}
     known = tuple(sorted({c for c in counts.read(since, until)["camera"].unique() if c} | {c for c in (camera,) if c}))
-    return Glance(settings.workbench.name, now, since, until, period, camera, known, **parts, photos={s: p for s, p in photos.items() if p}, problems=problems)
+    return Glance(settings.workbench.name, now, since, until, period, camera, known, **parts, photos=photos, problems=problems)
