@@ -112,7 +112,8 @@ def test_the_representative(rows, best):
 
 
 @pytest.mark.parametrize("change, flag", [
-    ({"brightness": .02}, "dark"), ({"brightness": .97}, "bright"), ({"entropy": .1}, "blank"), ({"contrast": .01}, "blank"),
+    ({"brightness": .02}, "dark"), ({"brightness": .97}, "bright"), ({"entropy": .1, "contrast": .05}, "blank"), ({"contrast": .01}, "blank"),
+    ({"entropy": .15, "contrast": .9}, None),
     ({"sharpness": .005}, "blurred"), ({"width": 20, "height": 20}, "odd_size"), ({"width": 4000, "height": 3000}, "odd_size"),
     ({"width": 900, "height": 150}, "odd_shape"), ({}, None),
 ])
@@ -327,3 +328,21 @@ def test_the_grocery_photographs(workbench, grocery):
     assert (table.split[pairs.a].to_numpy() == table.split[pairs.b].to_numpy()).all()
     grouped = curate(batch, CurateSpec(strategy="grouped"), room(workbench, "grouped"))
     assert set(grouped.splits) == {"train", "val", "test"} and grouped.set_aside == grouped.tags["near_duplicate"]
+
+
+@pytest.mark.parametrize("boards, photographs", [(5, 95), (50, 50), (95, 5), (30, 0)])
+def test_no_board_is_blank_in_any_company(boards, photographs, grocery):
+    "Binarised boards beside photographs: `blank` is said of what is blank, and the batch has no say in it."
+    from PIL import Image
+
+    from cvops_wb.data import inspect_image
+    paths = [*sorted((grocery.parent/"deeppcb"/"images").glob("*"))[:boards], *sorted((grocery/"train").rglob("*.jpg"))[::13][:photographs]]
+    if not boards or not paths[0].exists(): pytest.skip("the boards are not beside this project")
+    def read(image):
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        return out.getvalue()
+    noise = np.random.default_rng(0).normal(0, 3, (240, 320)).round()
+    empty = [Image.new("RGB", (320, 240), colour) for colour in ("black", "white", (90, 120, 60))] + [Image.fromarray((noise + level).clip(0, 255).astype(np.uint8)) for level in (6, 250)]
+    facts = [vars(inspect_image(data)) for data in [*(path.read_bytes() for path in paths), *map(read, empty)]]
+    assert flag_quality(pd.DataFrame(facts))["blank"].tolist() == [False]*len(paths) + [True]*len(empty)

@@ -145,7 +145,7 @@ def test_real_boards_through_every_format_and_back(pcb, workbench, tmp_path):
     out = workbench.reports/"r2"
     out.mkdir()
     selection = curate(batch, CurateSpec(), out)
-    curated = read_samples(selection.samples)   # curation calls many of these black and white boards blank; here each shall travel
+    curated = read_samples(selection.samples)   # whatever curation sets aside, here each shall travel
     write_samples(curated.assign(split=curated.given_split), workbench.root/selection.samples)
     snapshot = take_snapshot(selection, SnapshotSpec(push=False), out)
     assert snapshot.classes == sorted(DEFECTS.values()) and snapshot.count == 40

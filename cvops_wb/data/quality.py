@@ -39,7 +39,8 @@ def flag_quality(
     if table.empty: raise BadInput("there is no sample to look at", fix="ingest a folder with images")
     bright, detail = table["brightness"], np.log(table["sharpness"] + 1e-4)
     pixels, shape = table["width"]*table["height"], table[["width", "height"]].max(axis=1)/table[["width", "height"]].min(axis=1)
-    blank = (table["contrast"] < .02) | (table["entropy"] < limit_low(table["entropy"], .0, .25))    # drawings are poor in greys, all of them
+    # of few greys that lie close together, whatever the batch is; a drawing has few, far apart
+    blank = (table["contrast"] < .02) | (table["entropy"] < .25) & (table["contrast"] < .1)
     return pd.DataFrame({
         "dark": bright < limit_low(bright, .08, .25),
         "bright": bright > limit_high(bright, .75, .93),
