@@ -34,11 +34,14 @@ def shrink(image: bytes, side: int = 144) -> bytes:
     return out.getvalue()
 
 def draw_shots(cause: Cause, photos: Mapping[str, bytes], captions: Mapping[str, str], most: int = 18) -> str:
-    "The offending images in a grid, the worst first; a grey square for one that was not kept."
+    "The offending images in a grid, the worst first; a grey square says how many were not kept."
     def shot(sample: str) -> str:
-        picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(photos[sample]).decode()}">' if sample in photos else "<span>not kept</span>"
+        picture = f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(photos[sample]).decode()}">'
         return f"<figure>{picture}<figcaption>{escape(captions.get(sample, sample))}</figcaption></figure>"
-    return f'<div class="shots">{"".join(map(shot, cause.samples[:most]))}</div>' if cause.samples else ""
+    seen = [sample for sample in cause.samples if sample in photos]
+    gone = len(cause.samples) - len(seen)
+    rest = f"<figure><span>{gone} not kept</span><figcaption>[serve] keep_share</figcaption></figure>" if gone else ""
+    return f'<div class="shots">{"".join(map(shot, seen[:most]))}{rest}</div>' if cause.samples else ""
 
 def say_estimate(estimate: Estimate | None) -> str:
     "The accuracy with its interval, and how it is known."
@@ -58,7 +61,7 @@ def render_sheet(state: DriftState, photos: Mapping[str, bytes], captions: Mappi
     tone, word = ("bad", "drift") if state.drifted else ("good", "healthy")
     parts = [_render_cause(cause, photos, captions) for cause in state.causes]
     facts = {"predictions judged": f"{state.rows:,}", "evidence, parts of an alarm": f"{state.score:.2f}", "severity": f"{state.severity:.2f}", "alarms": str(state.alarms),
-             **{f"camera {name or 'unnamed'}": f"{score:.2f}" for name, score in list(state.cameras.items())[:12]}}
+             **{name or "camera unnamed": f"{score:.2f}" for name, score in list(state.cameras.items())[:12]}}
     notes = "".join(f"<li>{escape(note)}</li>" for note in state.notes)
     body = (f'<header><p class="over">monitor</p><h1>{escape(title or f"version {state.version}")} <span class="pill {tone}">{word}</span></h1>'
             f'<p class="lead">{escape(say_state(state))}</p></header>'
