@@ -122,7 +122,7 @@ class World:
         self.model = LogisticRegression(max_iter=300, C=.3).fit(np.stack(clean["embedding"][half & ~is_new]), labels[half & ~is_new])
         rows = clean.assign(label=labels)
         self.clean, self.new = self.answer(rows[~half & ~is_new]), self.answer(rows[is_new])
-        mine = [image for image, keep in zip(images, ~half & ~is_new) if keep]
+        mine = [image for image, keep in zip(images, ~half & ~is_new, strict=True) if keep]
         self.changed = {(name, level): self.answer(describe([change(i, rng) for i in mine], QUALITY.get(name, (85,)*3)[level]).assign(label=labels[~half & ~is_new]))
                         for name in corruptions for level, change in enumerate(CORRUPTIONS[name])}
 
@@ -148,8 +148,8 @@ def smooth(table: pd.DataFrame, places: np.ndarray, rng: np.random.Generator) ->
     "Rows of a table, each moved along the difference of two others."
     if not len(places): return table.iloc[:0]
     here, one, other = (table.iloc[rng.integers(0, len(table), len(places)) if k else places] for k in range(3))
-    moved = [a + SMOOTH*(b - c) for a, b, c in zip(to_tables(here), to_tables(one), to_tables(other))]
-    numbers = dict(zip(STATISTICS, moved[0].T))
+    moved = [a + SMOOTH*(b - c) for a, b, c in zip(to_tables(here), to_tables(one), to_tables(other), strict=True)]
+    numbers = dict(zip(STATISTICS, moved[0].T, strict=True))
     numbers |= {"confidence": numbers["confidence"].clip(.01, 1), "width": here["width"].to_numpy(), "height": here["height"].to_numpy()}
     return pd.DataFrame({**numbers, "embedding": list(moved[1].astype(np.float32)), "predicted": here["predicted"].to_numpy(), "label": here["label"].to_numpy()})
 
@@ -275,6 +275,7 @@ def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, embeddings: boo
 
 def compare_speed(world: World, runs: int, rng: np.random.Generator) -> list[dict]:
     from scipy.stats import ks_2samp
+
     from cvops_wb.watch.verdicts import Watcher
     reference = draw(world, REFERENCE, rng)
     watcher, known, times, apart = Watcher.learn(reference), to_evidently(reference), {"ours": [], "whole": [], "columns": []}, 0.

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import needs
+from ..core.errors import BadImage, needs
 from .verification import VerifiedModel, spoilt
 
 # %% ../../nbs/api/serve/02_inference.ipynb #7460b07d
@@ -129,16 +129,23 @@ class Classifier:
 
     def predict(
         self,
-        data: bytes,
+        data: bytes | np.ndarray,   # of a file, or pixels uint8 (H, W, 3)
         measured: bool = True,      # its light, contrast and the rest as well
     ) -> Answer:
-        "The answer to the bytes of one image; `BadImage` with a reason."
+        "The answer to one image; `BadImage` with a reason."
         from cvops_wb.data import decode_image, measure_image, resize_image
-        image = decode_image(data, self.max_bytes, self.max_megapixels)
+        image = decode_image(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
+        data = data if isinstance(data, bytes) else data.tobytes()
         raw, embedding = self.ask(resize_image(image, self.model.size))
         facts = {**(measure_image(image) if measured else {}), "width": image.width, "height": image.height, "bytes": len(data)}
         said = READERS[self.task](raw, self.model, image.width, image.height)
         return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4])
+
+    def wrap(self, pixels: np.ndarray) -> Any:
+        "Pixels as an image; `BadImage` if they are too many."
+        from PIL import Image
+        if pixels.shape[0]*pixels.shape[1] > self.max_megapixels*1e6: raise BadImage("too_many_pixels", "the image has too many pixels", got=f"{pixels.shape[1]} × {pixels.shape[0]}")
+        return Image.fromarray(np.ascontiguousarray(pixels))
 
     def warm(self) -> None:
         "The first image loads codecs and allocates: that shall not happen in a request."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'ENVELOPE', 'READ_SECONDS', 'Receive', 'SMALL', 'BadRequest', 'explain', 'read_upload',
-           'read_small', 'read_feedback', 'too_large', 'check_length', 'read_body', 'split_type', 'find_file', 'Parts',
-           'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate']
+           'read_small', 'read_request', 'read_feedback', 'too_large', 'check_length', 'read_body', 'split_type',
+           'find_file', 'Parts', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate']
 
 # %% ../../nbs/api/serve/03_limits.ipynb #10f6c8c3
 import asyncio
@@ -77,6 +77,12 @@ async def read_small(headers: Mapping[str, str], receive: Receive, seconds: floa
     check_length(headers.get("content-length", ""), SMALL, SMALL)
     try: return await asyncio.wait_for(read_body(receive, SMALL, SMALL), seconds)
     except TimeoutError: raise BadRequest(408, "slow", f"the request took longer than {seconds:g} s", "send it again", {"connection": "close"}) from None
+
+async def read_request(headers: Mapping[str, str], receive: Receive, max_bytes: int, seconds: float = READ_SECONDS) -> bytes:
+    "The body of a request with several images, of twice one image's bytes at most; `BadRequest` if it is longer or too slow."
+    check_length(headers.get("content-length", ""), 2*max_bytes, max_bytes)
+    try: return await asyncio.wait_for(read_body(receive, 2*max_bytes, max_bytes), seconds)
+    except TimeoutError: raise BadRequest(408, "slow", f"the request took longer than {seconds:g} s", "send fewer images", {"connection": "close"}) from None
 
 def read_feedback(headers: Mapping[str, str], body: bytes) -> dict[str, str]:
     "The request and its label; `BadRequest` if the body does not say them."

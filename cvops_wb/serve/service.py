@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REQUEST_ID', 'HEADERS', 'GET', 'ALWAYS', 'LOCAL', 'NEVER', 'ROUTES', 'WAITING', 'UPLOADS', 'DRAIN_SECONDS', 'Request',
-           'Reply', 'to_reply', 'Application', 'handle', 'refuse', 'find_reply', 'take_feedback', 'predict', 'look',
+           'Reply', 'to_reply', 'Application', 'handle', 'refuse', 'find_reply', 'choose_rule', 'answer_v2', 'infer_v2',
+           'take_feedback', 'predict', 'work', 'look', 'read_version', 'see', 'list_callable', 'call_version',
            'answer_caller', 'shadow', 'note', 'tell_answer', 'send_reply', 'to_page', 'make_application',
            'make_service', 'run_worker']
 
@@ -21,15 +22,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from urllib.parse import parse_qs
 
 from ..core.errors import BadImage, CvopsError, needs
 from ..core.files import join_within, read_json
 from ..core.processes import hush
 from ..core.settings import Serve, load_settings
 from .inference import Answer, Classifier, count_threads
-from .limits import BadRequest, Gate, check_caller, check_host, explain, read_feedback, read_small, read_tokens, read_upload
+from .limits import BadRequest, Gate, check_caller, check_host, explain, read_feedback, read_request, read_small, read_tokens, read_upload
 from .pages import Facts, Page, describe_api, make_docs_page, make_drop_page
 from .pictures import Pictures
+from .protocols import Route, describe_model, describe_server, find_route, infer
+from .protocols.registered import Shelf, list_registered
 from .predictions import PredictionLog, tell_time, to_row
 from .rollouts.states import BASELINE, CHALLENGER, CHAMPION, Arm
 from .rollouts.traffic import Choice, Loaded, Traffic, describe_traffic
@@ -51,11 +55,12 @@ DRAIN_SECONDS = 2.      # that a refused upload may go on, so that its sender ge
 # %% ../../nbs/api/serve/06_service.ipynb #6bfa2318
 class Request:
     "The head of one HTTP request, and its body as it comes."
-    __slots__ = ("begin", "client", "done", "headers", "id", "method", "parts", "path", "receive_next", "time")
+    __slots__ = ("query", "begin", "client", "done", "headers", "id", "method", "parts", "path", "receive_next", "time")
 
     def __init__(self, scope: Mapping[str, Any], receive: Callable):
         self.begin, self.time = perf_counter(), tell_time()
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        self.query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
         self.path, self.method, self.client = scope["path"], scope["method"], (scope.get("client") or ("",))[0]
         given = self.headers.get("x-request-id", "")
         self.id = given if REQUEST_ID.fullmatch(given) else os.urandom(12).hex()
@@ -118,10 +123,10 @@ class Application:
         self.pictures = Pictures(Path(os.environ.get("CVOPS_KEPT") or self.log_folder.parent/"kept"), self.settings)
         self.pool = ThreadPoolExecutor(self.threads, "look")
         facts = Facts(self.service, self.model, self.version, model.classes, self.settings.max_bytes, self.settings.max_megapixels, bool(self.tokens))
-        about = {"name": card["model_name"], "version": self.version, "alias": card["alias"], "model": self.model,
-                 "classes": model.classes, "size": model.size}
+        self.name, self.shelf = card["model_name"], Shelf(lambda: list_registered(self.models, card["model_name"]), self.load)
+        self.about = {"name": self.name, "version": self.version, "alias": card["alias"], "model": self.model, "classes": model.classes, "size": model.size}
         self.fixed = {"/": to_page(make_drop_page(facts)), "/docs": to_page(make_docs_page(facts)), "/openapi.json": to_reply(describe_api(facts)),
-                      "/v1/models": to_reply({"models": [about]}), "/livez": to_reply({"live": True}),
+                      "/livez": to_reply({"live": True}),
                       "/readyz": to_reply({"ready": True, "version": self.version})}
         self.classifier = self.open(model)
         self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier, tell_time((self.folder/"service.json").stat().st_mtime)), self.load)
@@ -161,7 +166,7 @@ class Application:
 # %% ../../nbs/api/serve/06_service.ipynb #2655fcb5
 async def handle(app: Application, request: Request, send: Callable) -> None:
     "Answer one request, whatever it is."
-    path = request.path if request.path in ROUTES else "other"
+    path = request.path if request.path in ROUTES else "/v2" if request.path.startswith("/v2/") else "other"
     try: reply = await find_reply(app, request)
     except (BadRequest, BadImage) as e: reply = refuse(app, request, e)
     except Exception:       # the last line of defence: said in the log, not to the caller
@@ -180,14 +185,44 @@ def refuse(app: Application, request: Request, error: BadRequest | BadImage) -> 
 
 async def find_reply(app: Application, request: Request) -> Reply:
     "Find the route, check who asks, answer; `BadRequest` or `BadImage` if there is no answer."
-    verbs, checked = ROUTES.get(request.path, ((), NEVER))
+    route = find_route(request.path)
+    verbs, checked = choose_rule(route) if route else ROUTES.get(request.path, ((), NEVER))
     if not verbs: raise BadRequest(404, "no_route", "there is nothing here", "see /docs")
     if request.method not in verbs: raise BadRequest(405, "method", f"this route takes {verbs[0]}", "see /docs", {"allow": ", ".join(verbs)})
     if checked == ALWAYS or checked == LOCAL and not app.tokens: check_caller(request.headers, request.client, app.tokens)
+    if route: return await answer_v2(app, request, route)
     if request.path == "/predict": return await predict(app, request)
+    if request.path == "/v1/models": return to_reply({"models": [app.about], "versions": list_callable(app)})
     if request.path == "/feedback": return await take_feedback(app, request)
     if request.path != "/metrics": return app.fixed[request.path]
     return Reply(200, *await asyncio.get_running_loop().run_in_executor(None, app.metrics.render, request.headers.get("accept", "")))
+
+# %% ../../nbs/api/serve/06_service.ipynb #oip00002
+def choose_rule(route: Route) -> tuple[tuple[str, ...], str]:
+    "Verbs, and when the caller is checked."
+    return ("POST",) if route.what == "infer" else GET, NEVER if route.what in ("live", "ready") else ALWAYS
+
+async def answer_v2(app: Application, request: Request, route: Route) -> Reply:
+    "One request of the Open Inference Protocol."
+    fixed = {"server": describe_server(str(app.version)), "live": {"live": True}, "ready": {"ready": True}}
+    if route.what in fixed: return to_reply(fixed[route.what])
+    versions = list_callable(app)
+    if route.name != app.name: raise BadRequest(404, "no_model", "there is no model of this name", f"GET /v2/models/{app.name}")
+    if route.version not in (None, *versions): raise BadRequest(404, "no_version", f"there is no version {route.version}", "GET /v1/models lists the versions")
+    if route.what == "model": return to_reply(describe_model(app.name, versions, len(app.about["classes"])))
+    if route.what == "model_ready": return to_reply({"name": app.name, "ready": True})
+    app.gate.check()
+    with app.uploads: body = await read_request(request.headers, request.receive, app.settings.max_bytes)
+    return await work(app, request, lambda: infer_v2(app, request, route, body))
+
+def infer_v2(app: Application, request: Request, route: Route, body: bytes) -> Reply:
+    "In a thread: the images of one inference request, one after another."
+    def ask(image: Any, place: int) -> tuple[Answer, int, str]:
+        answer, ours, _ = see(app, image, request, route.version, place)
+        return answer, ours.version, ours.model
+    told, headers = infer(body, request.headers.get("inference-header-content-length", ""), ask, app.name, request.id)
+    return Reply(200, told, b"application/octet-stream" if headers else b"application/json", headers)
+
 
 # %% ../../nbs/api/serve/06_service.ipynb #2fe45ebf
 async def take_feedback(app: Application, request: Request) -> Reply:
@@ -200,27 +235,57 @@ async def predict(app: Application, request: Request) -> Reply:
     "One image, one answer."
     app.gate.check()        # before the body is read: to be told early is the point
     with app.uploads: data = await read_upload(request.headers, request.receive, app.settings.max_bytes)
+    return await work(app, request, lambda: look(app, data, request))
+
+async def work(app: Application, request: Request, job: Callable[[], Reply]) -> Reply:
+    "Do something in one of the threads that look at images; `BadRequest` 429 if they and the line before them are full."
     app.gate.enter()
     request.parts.append(("receive", request.begin, perf_counter()))
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(app.pool, look, app, data, request))
+    def do() -> Reply:
+        try: return job()
+        finally: app.gate.leave()
+    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(app.pool, do))
 
 def look(app: Application, data: bytes, request: Request) -> Reply:
-    "In a thread: the answer, its line in the log, its JSON."
-    begin = perf_counter()
-    try: answer, choice = answer_caller(app, data, request)
-    finally: app.gate.leave()
-    request.parts.append(("look", begin, logged := perf_counter()))
-    ours, latency = choice.loaded, round((perf_counter() - request.begin)*1e3, 3)
-    note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag))
-    app.pictures.offer(answer.id, data, answer.confidence, request.headers.get("x-keep", ""))
-    if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
-    request.parts.append(("prediction row", logged, perf_counter()))
-    app.metrics.tell(ours.version, answer.label, answer.confidence, len(data), waiting=app.gate.inside)
+    "In a thread: an answer as JSON."
+    answer, ours, latency = see(app, data, request, read_version(request))
     return to_reply({**tell_answer(answer, ours.engine.model.classes), "version": ours.version, "model": ours.model,
                      "request_id": request.id, "time": request.time, "latency_ms": latency})
 
-def answer_caller(app: Application, data: bytes, request: Request) -> tuple[Answer, Choice]:
-    "Whoever is to answer this caller; the champion if the challenger cannot."
+def read_version(request: Request) -> int | None:
+    "The version that `?version=` asks for; None if nobody asks."
+    given = request.query.get("version", [""])[-1]
+    if given and not given.isdecimal(): raise BadRequest(400, "bad_version", "a version is a number", "GET /v1/models lists the versions")
+    return int(given[:9]) if given else None
+
+def see(app: Application, data: bytes | Any, request: Request, version: int | None = None, place: int = 0) -> tuple[Answer, Loaded, float]:
+    "The answer to one image, who gave it, and the milliseconds; written down, counted, perhaps kept."
+    begin = perf_counter()
+    answer, choice = answer_caller(app, data, request, version)
+    request.parts.append(("look", begin, logged := perf_counter()))
+    ours, latency, raw = choice.loaded, round((perf_counter() - request.begin)*1e3, 3), isinstance(data, bytes)
+    note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag, **({"request_id": f"{request.id}.{place}"} if place else {})))
+    if raw: app.pictures.offer(answer.id, data, answer.confidence, request.headers.get("x-keep", ""))
+    if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
+    request.parts.append(("prediction row", logged, perf_counter()))
+    app.metrics.tell(ours.version, answer.label, answer.confidence, len(data) if raw else data.nbytes, waiting=app.gate.inside)
+    return answer, ours, latency
+
+# %% ../../nbs/api/serve/06_service.ipynb #oip00004
+def list_callable(app: Application) -> list[int]:
+    "The versions that can be called by number."
+    return sorted({app.version, *app.shelf.list_versions()})
+
+def call_version(app: Application, version: int) -> Loaded:
+    "The version of this number, ready to answer; `BadRequest` 404 if there is none."
+    routing = app.traffic.routing
+    return next((each for each in (routing.own, *routing.others.values()) if each.version == version), None) or app.shelf.take(version)
+
+def answer_caller(app: Application, data: bytes | Any, request: Request, version: int | None = None) -> tuple[Answer, Choice]:
+    "The version that is called, else whoever is to answer this caller; the champion if the challenger cannot."
+    if version is not None:
+        called = call_version(app, version)
+        return called.engine.predict(data), Choice(called, CHAMPION, "", called)
     choice = app.traffic.choose(request.headers.get("x-caller") or request.id)
     try: return choice.loaded.engine.predict(data), choice
     except BadImage: raise
