@@ -16,6 +16,7 @@ from typing import Any
 from ..core.drawing import escape
 from ..core.files import human_size
 from .limits import RAW_TYPES
+from .protocols import describe_paths
 
 # %% ../../nbs/api/serve/05_pages.ipynb #b3e110e7
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def make_drop_page(facts: Facts) -> Page:
 # %% ../../nbs/api/serve/05_pages.ipynb #7e7c6c4a
 def describe_api(facts: Facts) -> dict[str, Any]:
     "The service as an OpenAPI 3.1 document."
-    paths = {"/predict": {"post": _describe_predict(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}}
+    paths = {"/predict": {"post": _describe_predict(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}, **describe_paths()}
     info = {"title": facts.service, "version": str(facts.version), "description": f"{len(facts.classes)} classes; model {facts.model}."}
     components = {"schemas": SCHEMAS, **({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if facts.token else {})}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components, **({"security": [{"token": []}]} if facts.token else {})}
@@ -205,7 +206,8 @@ def _describe_predict(facts: Facts) -> dict[str, Any]:
     return {"summary": "What is in this photograph?", "operationId": "predict",
             "description": f"One image, as a form field `file` or as the raw body; {limits}",
             "parameters": [_header("X-Request-Id", named, "^[A-Za-z0-9._-]{1,64}$"), _header("X-Camera", "Where the image comes from; for the log."),
-                           _header("X-Caller", "Who asks; for the log.")],
+                           _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept."),
+                           {"name": "version", "in": "query", "required": False, "description": "Ask this registered version.", "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}}],
             "requestBody": {"required": True, "content": {"multipart/form-data": form, **{kind: {"schema": _binary} for kind in sorted(RAW_TYPES)}}},
             "responses": {"200": _reply("The answer", "Answer"), **{status: _reply(what, "Refusal") for status, what in REFUSALS.items()}}}
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'KINDS', 'ROUTE', 'bad', 'split_body', 'read_images', 'read_files', 'read_pixels', 'Tensor', 'to_tensors',
-           'pack_tensor', 'write_answers', 'Route', 'find_route', 'describe_server', 'describe_model', 'infer']
+           'pack_tensor', 'write_answers', 'Route', 'find_route', 'describe_server', 'describe_model', 'infer',
+           'describe_paths']
 
 # %% ../../../nbs/api/serve/protocols/00_init.ipynb #0b945bbe
 import base64
@@ -169,3 +170,25 @@ def infer(
     given = value.get("id")
     head = {"model_name": name, "model_version": str(answers[0][1]), "id": given if isinstance(given, str) else request_id, "parameters": {"request_id": request_id, "model": answers[0][2]}}
     return write_answers(value, to_tensors([answer for answer, _, _ in answers]), head)
+
+# %% ../../../nbs/api/serve/protocols/00_init.ipynb #oipd0002
+def describe_paths() -> dict[str, Any]:
+    "The protocol's routes for an OpenAPI document; without a version they are the champion's."
+    name, version = ({"name": each, "in": "path", "required": True, "description": f"The model's {each}.", "schema": {"type": "string", **more}}
+                     for each, more in (("name", {}), ("version", {"pattern": "^[0-9]{1,9}$"})))
+    tensor = {"type": "object", "required": ["name", "shape", "datatype"], "properties": {
+        "name": {"type": "string"}, "shape": {"type": "array", "items": {"type": "integer"}}, "datatype": {"enum": ["BYTES", *KINDS]},
+        "data": {"type": "array", "description": "BYTES: each file as Base64; else the numbers."}}}
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object", "required": ["inputs"], "properties": {"inputs": {"type": "array", "items": tensor, "minItems": 1}}}}}}
+    replies = {"200": {"description": "OK", "content": {"application/json": {}}}, "404": {"description": "There is no such model or version", "content": {"application/json": {}}}}
+    def describe(path: str, summary: str, verb: str = "get", **more: Any) -> dict[str, Any]:
+        parts = [each for each, found in ((name, "{name}"), (version, "{version}")) if found in path]
+        known = re.sub(r"\W+", "_", path).strip("_")
+        return {path: {verb: {"summary": summary, "operationId": known, **({"parameters": parts} if parts else {}), "responses": replies, **more}}}
+    paths = describe("/v2", "The server, by the Open Inference Protocol") | describe("/v2/health/live", "Whether it lives") | describe("/v2/health/ready", "Whether it answers")
+    refused = {"400": {"description": "The tensors make no sense", "content": {"application/json": {}}}}
+    for model in ("/v2/models/{name}", "/v2/models/{name}/versions/{version}"):
+        paths |= describe(model, "A model's inputs and outputs") | describe(f"{model}/ready", "Whether a model answers")
+        paths |= describe(f"{model}/infer", "Inference, as KServe, Seldon and Triton ask", "post", requestBody=body) 
+        paths[f"{model}/infer"]["post"]["responses"] = replies | refused
+    return paths
