@@ -1099,6 +1099,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cvops_wb.data.store.open_writer': ('api/data/store.html#open_writer', 'cvops_wb/data/store.py'),
                                      'cvops_wb.data.store.read_blob': ('api/data/store.html#read_blob', 'cvops_wb/data/store.py'),
                                      'cvops_wb.data.store.read_samples': ('api/data/store.html#read_samples', 'cvops_wb/data/store.py'),
+                                     'cvops_wb.data.store.show_blob': ('api/data/store.html#show_blob', 'cvops_wb/data/store.py'),
                                      'cvops_wb.data.store.stage': ('api/data/store.html#stage', 'cvops_wb/data/store.py'),
                                      'cvops_wb.data.store.tabulate': ('api/data/store.html#tabulate', 'cvops_wb/data/store.py'),
                                      'cvops_wb.data.store.write_samples': ('api/data/store.html#write_samples', 'cvops_wb/data/store.py')},

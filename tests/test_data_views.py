@@ -234,3 +234,24 @@ def test_ctrl_c_ends_the_app_and_all_that_it_started(shelf, app):
     assert process.wait(30) == 0 and "closed" in process.stderr.read()
     time.sleep(.2)
     assert not listens(port) and not list_processes(str(settings.cache)) and not list_processes(f"run_server(int(sys.argv[1]), sys.argv[2]) {port}")
+
+
+def test_every_sample_has_its_file_when_only_shards_have_it(shelf, tmp_path, monkeypatch):
+    "As in a clone: no loose blob is left, and each image that FiftyOne is told of is there, bit for bit, where the App may read it."
+    pytest.importorskip("dvc")
+    from cvops_wb.data import read_blob
+    from cvops_wb.data.snapshots import SnapshotSpec, take_snapshot
+    from cvops_wb.data.views import _find_files, is_allowed
+    settings, selection, _ = shelf
+    take_snapshot(selection, SnapshotSpec(push=False), room(settings, "snapshot"))
+    table = read_samples(selection.samples)
+    table = table[table["split"] != "none"]
+    whole = {row.id: read_blob(row.sha256, settings) for row in table.itertuples()}
+    (settings.store/"blobs").rename(settings.store/"elsewhere")
+    try:
+        files = _find_files(settings, table)
+        assert {row.id: path.read_bytes() for row, path in zip(table.itertuples(), files, strict=True)} == whole
+        for path in files:
+            scope = {"path": "/media", "headers": [(b"host", b"127.0.0.1")], "query_string": f"filepath={path}".encode()}
+            assert is_allowed(scope, settings.store/"blobs", settings.cache/"shown") and not is_allowed(scope, settings.store/"blobs")
+    finally: (settings.store/"elsewhere").rename(settings.store/"blobs")

@@ -160,7 +160,7 @@ def test_the_service_keeps_to_its_own_description(service):
     schema = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) >= 18
-    each, seen = max(8, (5_000 if FULL else 160)//len(operations)), []
+    each, least, seen = (800, 5_000, []) if FULL else (20, 120, [])     # routes without a choice have one case each
     for operation in operations:
         @settings(max_examples=each, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
         @given(case=operation.as_strategy())
@@ -169,7 +169,7 @@ def test_the_service_keeps_to_its_own_description(service):
             seen.append((case.method, case.path, response.status_code))
             assert response.status_code < 500, (case.method, case.path, response.text[:300])
         send()
-    assert len(seen) >= each*len(operations)//2
+    assert len(seen) >= least
     with Client(service.url) as client: assert client.predict(photograph())["label"]
 
 

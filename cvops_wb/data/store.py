@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Source', 'write_samples', 'read_samples', 'Arrival', 'Busy', 'Store', 'make_folder', 'open_writer', 'stage', 'commit',
-           'tabulate', 'list_samples', 'list_rejected', 'find_kept', 'read_blob']
+           'tabulate', 'list_samples', 'list_rejected', 'find_kept', 'read_blob', 'show_blob']
 
 # %% ../../nbs/api/data/02_store.ipynb #24529914
 import errno
@@ -330,3 +330,13 @@ def _name(sample: Any) -> tuple[str, str]:
     if isinstance(sample, str): return sample, ""
     if isinstance(sample, Mapping | pd.Series): return sample["sha256"], sample.get("ext", "")
     return sample.sha256, getattr(sample, "ext", "")
+
+# %% ../../nbs/api/data/02_store.ipynb #show0002
+def show_blob(sample: Any, settings: Settings | None = None) -> Path:
+    "A file that shows an image: the blob itself, else a copy in the cache; `BadInput` if nobody has it."
+    settings = settings or load_settings()
+    sha256, ext = _name(sample)
+    if path := Store(settings).find_blob(sha256, ext) or find_kept(sha256, settings): return path.absolute()
+    shown = settings.cache/"shown"/sha256[:2]/f"{sha256}{ext}"
+    if not shown.is_file(): write_atomic(shown, read_blob(sample, settings), durable=False)
+    return shown.absolute()

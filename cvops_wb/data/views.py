@@ -39,7 +39,7 @@ from .formats.objects import to_pixels
 from .quality import measure_oddness
 from .looks.embeddings import Descriptor, Embedder, draw_map, embed_samples, place_samples
 from .splits import SPLITS
-from .store import Store, read_blob, read_samples
+from .store import Store, read_blob, read_samples, show_blob
 
 # %% ../../nbs/api/data/16_views.ipynb #803372ba
 def find_mongod() -> Path:
@@ -237,8 +237,7 @@ def find_marker(settings: Settings, dataset: str) -> Path:
     return settings.cache/"fiftyone"/f"{dataset}.json"
 
 def _find_files(settings: Settings, table: pd.DataFrame) -> list[Path]:
-    store = Store(settings)
-    return [(store.blobs/sha256[:2]/f"{sha256}{ext}").absolute() for sha256, ext in zip(table["sha256"], table["ext"])]
+    return [show_blob({"sha256": sha256, "ext": ext}, settings) for sha256, ext in zip(table["sha256"], table["ext"], strict=True)]
 
 # %% ../../nbs/api/data/16_views.ipynb #5e38bc49
 def build_dataset(fiftyone: Any, name: str, facts: list[dict[str, Any]]) -> Any:
@@ -279,12 +278,12 @@ POLICY = ("default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect
 
 def guard(
     app: Callable,      # an ASGI application
-    folder: Path,       # what `/media` may read from
+    *folders: Path,     # what `/media` may read from
 ) -> Callable:
     "The application behind the three rules."
     async def guarded(scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] not in ("http", "websocket"): return await app(scope, receive, send)
-        if not is_allowed(scope, folder): return await _refuse(scope, send)
+        if not is_allowed(scope, *folders): return await _refuse(scope, send)
 
         async def send_policy(message: dict) -> None:
             if message["type"] == "http.response.start":
@@ -295,13 +294,13 @@ def guard(
     return guarded
 
 # %% ../../nbs/api/data/16_views.ipynb #c67b3a18
-def is_allowed(scope: Mapping[str, Any], folder: Path) -> bool:
-    "Whether a request names the loopback, and a file within the folder if it names one."
+def is_allowed(scope: Mapping[str, Any], *folders: Path) -> bool:
+    "Whether a request names the loopback, and a file within the folders if it names one."
     headers = {name: value.decode("latin-1") for name, value in scope.get("headers", ())}
     hosts = [f"//{headers.get(b'host', headers.get(b':authority', ''))}", *([headers[b"origin"]] if b"origin" in headers else [])]
     near = all(re.fullmatch(r"(https?:)?//(127\.0\.0\.1|localhost)(:\d+)?", host) for host in hosts)
     paths = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("filepath", [])
-    within = all(Path(path).resolve().is_relative_to(folder.resolve()) for path in paths)
+    within = all(any(Path(path).resolve().is_relative_to(folder.resolve()) for folder in folders) for path in paths)
     return near and within and (bool(paths) or not scope["path"].rstrip("/").endswith("/media"))
 
 async def _refuse(scope: Mapping[str, Any], send: Callable) -> None:
@@ -309,11 +308,11 @@ async def _refuse(scope: Mapping[str, Any], send: Callable) -> None:
     await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
     await send({"type": "http.response.body", "body": b"refused: only this machine, and only images of the store"})
 
-def run_server(port: int, folder: str) -> None:
+def run_server(port: int, *folders: str) -> None:
     "FiftyOne's server in this process, guarded; for a process of its own."
     import_fiftyone()
     from fiftyone.server import main
-    main.app = guard(main.app, Path(folder))
+    main.app = guard(main.app, *map(Path, folders))
     main.start_server(port=port, address="127.0.0.1")
 
 # %% ../../nbs/api/data/16_views.ipynb #b39486cc
@@ -329,10 +328,10 @@ def serving_app(
     if not find_marker(settings, view.dataset).is_file():
         raise BadInput("this data set is not in the cache any more", got=view.dataset, fix="run `cvops curate --app` again: it is rebuilt")
     if not find_spec("fiftyone"): raise _no_fiftyone()
-    program = "import sys; from cvops_wb.data.views import run_server; run_server(int(sys.argv[1]), sys.argv[2])"
+    program = "import sys; from cvops_wb.data.views import run_server; run_server(int(sys.argv[1]), *sys.argv[2:])"
     log = settings.cache/"fiftyone"/"app.log"
     log.unlink(missing_ok=True)
-    command = [sys.executable, "-c", program, str(port), Store(settings).blobs]
+    command = [sys.executable, "-c", program, str(port), Store(settings).blobs, settings.store/"kept", settings.cache/"shown"]
     with open_database(settings) as address, running(command, log=log, env=list_environment(settings, address)) as process:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/fiftyone"), process, "FiftyOne's App", timeout, log)
         yield f"http://127.0.0.1:{port}/datasets/{quote(view.dataset)}"

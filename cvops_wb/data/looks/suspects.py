@@ -9,7 +9,6 @@ __all__ = ['COLUMNS', 'find_files', 'index_suspects', 'run_builder', 'build_susp
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -19,20 +18,16 @@ from ...core.files import dump_json, read_json, write_atomic
 from ...core.processes import call
 from ...core.records import View
 from ...core.settings import Settings, load_settings
-from ..store import Store, read_blob
+from ..store import show_blob
 
 # %% ../../../nbs/api/data/looks/03_suspects.ipynb #5de01584
 COLUMNS = ("id", "cause", "place", "camera", "time", "predicted")
 
 def find_files(table: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    "The table's rows whose image the store has, with its `filepath`; an image that was packed away is laid beside the blobs again."
-    store = Store(settings)
+    "The table's rows whose image was kept, with its `filepath`."
     def find(sample: str) -> str:
-        path = store.find_blob(sample)
-        if path is None:
-            try: path = write_atomic(store.blobs/"shown"/f"{Path(sample).name}.jpg", read_blob(sample, settings), durable=False)
-            except (BadInput, OSError): return ""
-        return str(path.absolute())
+        try: return str(show_blob(sample, settings))
+        except (BadInput, OSError): return ""
     found = table.assign(filepath=[find(str(sample)) for sample in table["id"]])
     return found[found["filepath"] != ""].reset_index(drop=True)
 
