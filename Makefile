@@ -53,9 +53,9 @@ lab: setup      ## JupyterLab on nbs/
 notebooks: setup        ## export the notebooks to cvops_wb/, clean them, renew README.md
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python tests/readme.py
 
-lock: | $(filter .cvops/%,$(UV))        ## renew requirements.lock: exact versions with hashes, no address
-	@$(UV) pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra mongod --constraint .ci/constraints.txt \
-	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet --upgrade -o requirements.lock
+lock: | $(filter .cvops/%,$(UV))        ## renew requirements.lock: exact versions with hashes, no address; KEEP=1: only what is new
+	@$(UV) pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra sign --extra mongod --constraint .ci/constraints.txt \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet $(if $(KEEP),,--upgrade) -o requirements.lock
 	@grep -cE '^[a-zA-Z0-9._-]+==' requirements.lock | sed 's/$$/ packages locked/'
 
 bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each in an environment of its own under .cvops/peers

@@ -113,7 +113,7 @@ def campaign(here, system, seed: int) -> int:
         kept = spoil(system, path, chance)
         try: pull_data()
         except BadRecord as error: accepted += f"{name} is damaged in the remote" not in str(error) or (here.versioned/"current").exists()
-        except (ValueError, KeyError): accepted += 1    # damaged bytes were read as if they were right
+        except (ValueError, KeyError, OSError): accepted += 1   # damaged bytes were read as if they were right, a damaged list too
         else: accepted += 1
         finally: system.pipe_file(path, kept)
     return accepted
