@@ -427,8 +427,9 @@ def status(json: Json = False) -> Reply:
     rows = [f"  {s['stage']:<10} {s['created'][:16].replace('T', ' '):<17} {s['text']}" for s in found["stages"]]
     best = found["champion"]
     champion = "{name} {version}, trained by {candidate} on snapshot {snapshot}".format(**best) if best else "none yet: cvops register"
+    going = [f"  running    {r['run']}, for {r['seconds']:.0f} s: {r['text']}" for r in found["running"]]
     left = [f"  leftovers  {', '.join(found['leftovers'])}: cvops clean"] if found["leftovers"] else []
-    return Reply(found, "\n".join([found["root"], *rows, "", f"  champion   {champion}", *left]))
+    return Reply(found, "\n".join([found["root"], *rows, "", *going, f"  champion   {champion}", *left]))
 
 # %% ../../nbs/api/loop/11_cli.ipynb #86d5c53e
 @app.command(rich_help_panel=LOOK)
