@@ -8,10 +8,8 @@ __all__ = ['status', 'lineage', 'doctor', 'clean']
 # %% ../../../nbs/api/loop/overview/00_init.ipynb #05ae87a2
 from typing import Annotated
 
-import typer
-
 from ...core.files import human_size
-from ..cli import LOOK, Dry, Json, app
+from ..cli import LOOK, Argument, Dry, Json, app
 from ..replies import Reply
 
 # %% ../../../nbs/api/loop/overview/00_init.ipynb #34e75b49
@@ -30,7 +28,7 @@ def status(json: Json = False) -> Reply:
 # %% ../../../nbs/api/loop/overview/00_init.ipynb #86d5c53e
 @app.command(rich_help_panel=LOOK)
 def lineage(
-    name: Annotated[str, typer.Argument(metavar="ID", help="A request, run, bento, version, snapshot or sample.")],
+    name: Annotated[str, Argument(metavar="ID", help="A request, run, bento, version, snapshot or sample.")],
     json: Json = False,
 ) -> Reply:
     """From a served prediction back to its model, notebook and images.
