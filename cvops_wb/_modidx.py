@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cvops_wb.core.files.human_size': ('api/core/files.html#human_size', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.join_within': ('api/core/files.html#join_within', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.list_outputs': ('api/core/files.html#list_outputs', 'cvops_wb/core/files.py'),
+                                     'cvops_wb.core.files.name_part': ('api/core/files.html#name_part', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.read_json': ('api/core/files.html#read_json', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.sync_folder': ('api/core/files.html#sync_folder', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.write_atomic': ('api/core/files.html#write_atomic', 'cvops_wb/core/files.py')},
