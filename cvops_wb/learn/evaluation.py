@@ -9,6 +9,7 @@ __all__ = ['resample_groups', 'bootstrap', 'time_model', 'EvaluateSpec', 'evalua
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #8cb11f19
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ def predict(
     outputs = run_model(model, pixels.take(rows["id"]))
     scores = task.to_scores(outputs.logits, model.temperature, rows, model.size)
     correct = task.rate(scores, task.to_targets(rows, model.classes, model.size))
-    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **task.to_columns(scores, model.classes), "correct": correct,
+    table = pd.DataFrame({"id": rows["id"], "label": task.name_truth(rows, model.classes), **task.to_columns(scores, model.classes), "correct": correct,
                           "scores": task.pack(scores), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]],
                           "slices": name_slices(rows, outputs.embedding, fields),
                           **{name: rows[name] for name in ("objects", "width", "height") if task.truth != "label"}})
@@ -122,8 +123,8 @@ def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets
     "The main metric on samples that have no near duplicate in `train` (those without the tag `leak`), and their count."
     free = ~table["leak"].to_numpy(bool)
     kept = [values[free] if isinstance(values, np.ndarray) else [v for v, on in zip(values, free) if on] for values in (scores, targets)]
-    value = {f"{task.main_metric}_unleaked": float(task.measure(*kept)[task.main_metric][0])} if free.any() else {}
-    return {**value, "count_unleaked": float(free.sum())}
+    value = float(task.measure(*kept)[task.main_metric][0]) if free.any() else math.nan
+    return {**({f"{task.main_metric}_unleaked": value} if math.isfinite(value) else {}), "count_unleaked": float(free.sum())}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #5f8e6b3c
 def measure_all(
@@ -135,8 +136,9 @@ def measure_all(
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, dict[str, float]]]:
     "Metrics, their intervals, and the numbers of each class."
     targets = task.to_targets(table, model.classes, model.size)
-    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items()}
+    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items() if math.isfinite(value[0])}
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
+    intervals = {name: ends for name, ends in intervals.items() if name in metrics}
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
 
 def slice_up(task: Any, model: Model, table: pd.DataFrame, scores: Any, spec: EvaluateSpec) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from torch.nn import functional
 from ...core.errors import UnknownName, WrongUsage
 from . import NETWORKS, Network, build_network
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #573560dc
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #2f0120c6
 class Filters(Network):
     "Hand-made features (N, 35, S/4, S/4): at three scales the mean, edges of eight directions, dots light and dark; and colour."
-    mean, std, task = (.5, .5, .5), (.25, .25, .25), "anomaly"
+    mean, std = (.5, .5, .5), (.25, .25, .25)
 
     def __init__(self) -> None:
         "Fix the filters; there is nothing to learn."
@@ -29,7 +29,7 @@ class Filters(Network):
         edges = [math.cos(t)*across + math.sin(t)*down for t in turns]
         self.register_buffer("kernels", torch.stack([*edges, dot, -dot])[:, None])
         self.register_buffer("opponents", torch.tensor([[.299, .587, .114], [.5, -.5, 0.], [.25, .25, -.5]])[..., None, None])
-        self.head, self.dropout, self.feature_width = nn.Linear(1, 1), nn.Identity(), 35
+        self.head, self.dropout, self.feature_width = nn.Identity(), nn.Identity(), 35*6
 
     def look(self, images: Tensor) -> list[Tensor]:
         "One map of features."
@@ -41,6 +41,13 @@ class Filters(Network):
             both = torch.cat([seen, strong], 1)
             parts.append(functional.avg_pool2d(both, 4//scale) if scale < 4 else both)
         return [torch.cat([p if p.shape[-1] == side else functional.interpolate(p, size=(side, side), mode="bilinear") for p in parts], 1)]
+
+    def features(self, images: Tensor) -> Tensor:
+        "Of the whole image (N, 210): the mean in each quarter, the mean and the spread over all."
+        seen = self.look(images)[0]
+        mean, side = seen.mean((2, 3)), seen.shape[-1]//2*2
+        quarters = functional.avg_pool2d(seen[..., :side, :side], side//2).flatten(1)
+        return torch.cat([quarters, mean, ((seen - mean[..., None, None])**2).mean((2, 3)).add(1e-6).sqrt()], 1)
 
 # %% ../../../nbs/api/learn/networks/06_memory.ipynb #5c87f837
 def look_inside(network: Network, images: Tensor) -> list[Tensor]:

@@ -37,6 +37,10 @@ class Task:
         "The side of the images, pixels."
         return self.size
 
+    def name_truth(self, rows: pd.DataFrame, classes: Sequence[str]) -> Sequence[str]:
+        "What a table calls the truth of each sample."
+        return rows["label"]
+
     def pack(self, scores: np.ndarray) -> list[np.ndarray]:
         "Scores (N, K) as cells of a table: flat float32."
         return list(np.asarray(scores, np.float32))

@@ -120,7 +120,7 @@ def choose_threshold(
     gains = [(strange[bad] >= t).mean() - ((strange[~bad] >= t).mean() if (~bad).any() else 0) for t in middles]
     return float(middles[int(np.argmax(gains))])
 
-# %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #54dc2a51
+# %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #8fe2c451
 @TASKS.register("anomaly")
 class Anomaly(Task):
     "Good, or how far from it, and where."
@@ -158,9 +158,9 @@ class Anomaly(Task):
         return {"predicted": np.where(p >= .5, classes[1], classes[0]).astype(object), "confidence": np.maximum(p, 1 - p),
                 "entropy_of_scores": -(q*np.log2(q) + (1 - q)*np.log2(1 - q)), "strange": p}
 
-    def to_labels(self, targets: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    def name_truth(self, rows: pd.DataFrame, classes: Sequence[str]) -> Sequence[str]:
         "The truth in the two words of the task."
-        return np.where((targets != 0).any((1, 2)), classes[1], classes[0]).astype(object)
+        return np.where((self.to_targets(rows, classes) != 0).any((1, 2)), classes[1], classes[0]).astype(object)
 
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
         "An image with the truth's outline, and under its heat."
@@ -175,12 +175,12 @@ class Anomaly(Task):
         flat = np.stack([np.asarray(cell, np.float32) for cell in cells])
         return flat.reshape(len(flat), *[round(flat.shape[1]**.5)]*2)
 
-# %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #3a84ff46
+# %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #3387efef
 def draw_heat(image: Any, true: np.ndarray, found: np.ndarray, side: int = 224) -> Image.Image:
     "An image with the truth's outline, beside it the image under its heat."
     photo = image.convert("RGB").resize((side, side))
     heat = Image.fromarray((np.clip((found - 1/3)/(2/3 - 1/3), 0, 1)*255).astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR)
-    outline = Image.fromarray((np.clip(true, 0, 1)*255).astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST).filter(ImageFilter.FIND_EDGES)
+    outline = Image.fromarray((true > 0).astype(np.uint8)*255).resize((side, side), Image.Resampling.NEAREST).filter(ImageFilter.FIND_EDGES)
     left = Image.composite(Image.new("RGB", photo.size, "#ffffff"), photo, outline.filter(ImageFilter.MaxFilter(3)))
     pale = Image.blend(photo.convert("L").convert("RGB"), Image.new("RGB", photo.size, "#ffffff"), .3)
     both = Image.new("RGB", (2*side + 4, side), "#ffffff")
