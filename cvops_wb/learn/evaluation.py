@@ -29,6 +29,7 @@ from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
 from .slices import FIELDS, draw_slices, measure_slices, name_slices
 from .tasks import TASKS
+from .tasks.classification import find_chance
 from .tracking import Tracker, name_metrics, tracked
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #9bafd74b
@@ -56,7 +57,7 @@ def bootstrap(
     at_once = max(1, 4_000_000//max(len(targets), 1))
     parts = [task.measure(scores, targets, resample_groups(groups, min(at_once, repeats - k), seed + k)) for k in range(0, repeats, at_once)]
     values = {name: np.concatenate([part[name] for part in parts]) for name in (parts or [{}])[0]}
-    return {name: np.nanpercentile(value, [50*(1 - level), 50*(1 + level)]).tolist() for name, value in values.items()}
+    return {name: np.nanpercentile(value, [50*(1 - level), 50*(1 + level)]).tolist() for name, value in values.items() if not np.isnan(value).all()}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #d4b38341
 def time_model(model: Model, images: np.ndarray, repeats: int = 60, threads: int = 0) -> float:
@@ -139,6 +140,7 @@ def measure_all(
     metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items() if math.isfinite(value[0])}
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
     intervals = {name: ends for name, ends in intervals.items() if name in metrics}
+    if task.main_metric == "accuracy": metrics["chance"] = find_chance(targets)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
 
 def slice_up(task: Any, model: Model, table: pd.DataFrame, scores: Any, spec: EvaluateSpec) -> list[dict[str, Any]]:
@@ -174,6 +176,10 @@ def draw_metrics(evaluation: Evaluation) -> Any:
     for k, name in enumerate(reversed(names)):
         axes.plot(evaluation.intervals[name], [k, k], color=COLOURS[0], linewidth=5, alpha=.35, solid_capstyle="butt")
         axes.plot(evaluation.metrics[name], k, "o", color=COLOURS[0])
+    if (chance := evaluation.metrics.get("chance")) is not None:
+        place = len(names) - 1 - names.index("accuracy")
+        axes.plot([chance]*2, [place - .3, place + .3], color=COLOURS[3])
+        axes.annotate("chance", (chance, place + .32), ha="center", fontsize=7, color=COLOURS[3])
     axes.set_yticks(range(len(names)), [f"{name.replace('_', ' ')}  {evaluation.metrics[name]:.3f}" for name in reversed(names)])
     axes.set(title=f"{evaluation.count} images of {evaluation.split}, 95 % intervals", xlim=(0, 1.005), ylim=(-.6, len(names) - .4))
     return figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['say_chance', 'recall_all']
 
-# %% ../../../nbs/api/learn/learners/05_shots.ipynb #9a3277b4
+# %% ../../../nbs/api/learn/learners/05_shots.ipynb #d269efa2
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from . import LearnSpec
-from ..networks.shots import BATCH, Shots, find_chance, recall
+from ..networks.shots import BATCH, Shots, recall
 from ..slices import read_wilson
+from ..tasks.classification import find_chance
 
-# %% ../../../nbs/api/learn/learners/05_shots.ipynb #9c4ca0d3
+# %% ../../../nbs/api/learn/learners/05_shots.ipynb #b25da129
 def say_chance(right: float, count: int, chance: float) -> str:
     "One line: accuracy, its interval, and whether it is better than chance."
     low, high = read_wilson(right, count)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Filters', 'look_inside', 'check_eye', 'MemoryBank', 'choose_coreset', 'remember', 'build_patches']
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #5e3638e0
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #75c023ed
 import math
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 from ...core.errors import UnknownName, WrongUsage
 from . import NETWORKS, Network, build_network
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #2f0120c6
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #d6eb3ab6
 class Filters(Network):
     "Hand-made features (N, 35, S/4, S/4): at three scales the mean, edges of eight directions, dots light and dark; and colour."
     mean, std = (.5, .5, .5), (.25, .25, .25)
@@ -29,7 +29,7 @@ class Filters(Network):
         edges = [math.cos(t)*across + math.sin(t)*down for t in turns]
         self.register_buffer("kernels", torch.stack([*edges, dot, -dot])[:, None])
         self.register_buffer("opponents", torch.tensor([[.299, .587, .114], [.5, -.5, 0.], [.25, .25, -.5]])[..., None, None])
-        self.head, self.dropout, self.feature_width = nn.Identity(), nn.Identity(), 35*6
+        self.head, self.dropout, self.feature_width = nn.Linear(1, 1), nn.Identity(), 35*6
 
     def look(self, images: Tensor) -> list[Tensor]:
         "One map of features."
@@ -49,7 +49,7 @@ class Filters(Network):
         quarters = functional.avg_pool2d(seen[..., :side, :side], side//2).flatten(1)
         return torch.cat([quarters, mean, ((seen - mean[..., None, None])**2).mean((2, 3)).add(1e-6).sqrt()], 1)
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #5c87f837
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #5bd7e9e9
 def look_inside(network: Network, images: Tensor) -> list[Tensor]:
     "Maps of an eighth and a sixteenth of the side, out of a residual network."
     if hasattr(network, "stages"):      # ours
@@ -66,7 +66,7 @@ def check_eye(name: str, network: Network) -> Network:
     if isinstance(network, Filters) or hasattr(network, "stages") or hasattr(getattr(network, "body", None), "layer3"): return network
     raise UnknownName("network with a middle", name, ["filters", "small_resnet", "torchvision:resnet18", "torchvision:wide_resnet50_2"], fix="take a residual network")
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #0b9acc5f
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #aa027a62
 class MemoryBank(Network):
     "Normalised images (N, 3, S, S) to heat (N, S/4, S/4): the distance to the nearest patch in memory, smoothed."
     task = "anomaly"
@@ -120,7 +120,7 @@ class MemoryBank(Network):
         "Heat (N, S/4, S/4)."
         return self.answer(images)[0]
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #a5a2b55c
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #67e9fe64
 @torch.no_grad()
 def choose_coreset(
     patches: Tensor,            # (P, D)
@@ -150,7 +150,7 @@ def remember(
     patches = (patches - network.middle)/network.reach
     network.bank = patches[choose_coreset(patches, count, generator)].clone()
 
-# %% ../../../nbs/api/learn/networks/06_memory.ipynb #ac2dadc9
+# %% ../../../nbs/api/learn/networks/06_memory.ipynb #cdfbf5d8
 @NETWORKS.register("patches")
 def build_patches(
     variant: str,       # the eye: filters, small_resnet, torchvision:resnet18, torchvision:wide_resnet50_2; empty: filters
