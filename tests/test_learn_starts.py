@@ -10,8 +10,7 @@ import torch
 from cvops_wb.core.errors import BadInput, WrongUsage
 from cvops_wb.core.records import Evaluation
 from cvops_wb.core.settings import Gate
-from cvops_wb.learn.evaluation import measure_all, predict, slice_up
-from cvops_wb.learn.evaluation import EvaluateSpec
+from cvops_wb.learn.evaluation import EvaluateSpec, measure_all, predict, slice_up
 from cvops_wb.learn.exporting import check_parity, open_session, read_model, to_onnx, write_model
 from cvops_wb.learn.gates import judge
 from cvops_wb.learn.learners import LEARNERS, LearnSpec
