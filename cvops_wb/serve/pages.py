@@ -108,7 +108,7 @@ transition:border-color .15s,background .15s;width:100%;color:inherit;font:inher
 @media (max-width:640px){#answer{grid-template-columns:1fr}main{padding-top:24px}}
 """
 
-# %% ../../nbs/api/serve/05_pages.ipynb #28833b34
+# %% ../../nbs/api/serve/05_pages.ipynb #3408b3ae
 DROP_SCRIPT = """
 const $ = id => document.getElementById(id), drop = $('drop'), input = $('file');
 let token = '';
@@ -135,26 +135,6 @@ function show(url, said, seconds) {
   $('foot').replaceChildren(text('span', `version ${said.version} \\u00b7 ${times} \\u00b7 request `), text('code', said.request_id));
   shown = {url, said}; $('why').textContent = 'Why?'; $('told').textContent = ''; $('truth').value = '';
 }
-let shown = null;
-const allowed = () => token ? {authorization: 'Bearer ' + token} : {};
-$('why').onclick = async () => {
-  const {url, said} = shown, plain = $('why').textContent !== 'Why?';
-  if (plain) { $('why').textContent = 'Why?'; $('photo').src = url; return outline(url, said.objects || []); }
-  $('why').textContent = 'Looking \\u2026'; $('why').disabled = true;
-  try {
-    const label = said.scores[said.label] === undefined ? '' : '&label=' + encodeURIComponent(said.label);
-    const reply = await fetch(`explain?version=${said.version}${label}`, {method: 'POST', body: await (await fetch(url)).blob(), headers: {'content-type': 'application/octet-stream', ...allowed()}});
-    if (shown.url !== url) return;
-    if (!reply.ok) { $('told').textContent = (await reply.json()).error; $('why').textContent = 'Why?'; return; }
-    $('photo').src = URL.createObjectURL(await reply.blob()); $('why').textContent = 'Show the photograph';
-  } catch (e) { $('told').textContent = 'The service does not answer.'; $('why').textContent = 'Why?'; }
-  finally { $('why').disabled = false; }
-};
-$('truth').onchange = async () => {
-  const body = JSON.stringify({request_id: shown.said.request_id, label: $('truth').value});
-  try { const reply = await fetch('feedback', {method: 'POST', body, headers: {'content-type': 'application/json', ...allowed()}}); $('told').textContent = reply.ok ? 'Noted. Thank you.' : (await reply.json()).error; }
-  catch (e) { $('told').textContent = 'The service does not answer.'; }
-};
 function outline(url, objects) {
   if (!objects.length) return;
   const image = new Image();
@@ -200,6 +180,30 @@ addEventListener('drop', e => askAll(e.dataTransfer.files));
 addEventListener('paste', e => ask([...e.clipboardData.files][0]));
 """
 
+# %% ../../nbs/api/serve/05_pages.ipynb #919a3843
+DROP_SCRIPT += """
+let shown = null;
+const allowed = () => token ? {authorization: 'Bearer ' + token} : {};
+$('why').onclick = async () => {
+  const {url, said} = shown, plain = $('why').textContent !== 'Why?';
+  if (plain) { $('why').textContent = 'Why?'; $('photo').src = url; return outline(url, said.objects || []); }
+  $('why').textContent = 'Looking \\u2026'; $('why').disabled = true;
+  try {
+    const label = said.scores[said.label] === undefined ? '' : '&label=' + encodeURIComponent(said.label);
+    const reply = await fetch(`explain?version=${said.version}${label}`, {method: 'POST', body: await (await fetch(url)).blob(), headers: {'content-type': 'application/octet-stream', ...allowed()}});
+    if (shown.url !== url) return;
+    if (!reply.ok) { $('told').textContent = (await reply.json()).error; $('why').textContent = 'Why?'; return; }
+    $('photo').src = URL.createObjectURL(await reply.blob()); $('why').textContent = 'Show the photograph';
+  } catch (e) { $('told').textContent = 'The service does not answer.'; $('why').textContent = 'Why?'; }
+  finally { $('why').disabled = false; }
+};
+$('truth').onchange = async () => {
+  const body = JSON.stringify({request_id: shown.said.request_id, label: $('truth').value});
+  try { const reply = await fetch('feedback', {method: 'POST', body, headers: {'content-type': 'application/json', ...allowed()}}); $('told').textContent = reply.ok ? 'Noted. Thank you.' : (await reply.json()).error; }
+  catch (e) { $('told').textContent = 'The service does not answer.'; }
+};
+"""
+
 # %% ../../nbs/api/serve/05_pages.ipynb #a3f603dd
 PICTURE = ('<svg viewBox="0 0 24 24" aria-hidden="true"><rect x="3" y="4" width="18" height="16" rx="3"/><circle cx="8.5" cy="9.5" r="1.6"/>'
            '<path d="M4 18l5.5-5.5 3.5 3.5 3-3 4.5 4.5"/></svg>')
@@ -220,7 +224,7 @@ def make_drop_page(facts: Facts) -> Page:
               '<span id="told" role="status"></span></div><div id="foot"></div></div></section><div id="past"></div>')
     return make_page(name, DROP_STYLE, f"<main>{head}{drop}{answer}</main>", DROP_SCRIPT)
 
-# %% ../../nbs/api/serve/05_pages.ipynb #7e7c6c4a
+# %% ../../nbs/api/serve/05_pages.ipynb #d3c023d7
 def describe_api(facts: Facts) -> dict[str, Any]:
     "The service as an OpenAPI 3.1 document."
     paths = {"/predict": {"post": _describe_predict(facts)}, "/predict/batch": {"post": _describe_batch(facts)}, "/explain": {"post": _describe_explain(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}, **describe_paths()}
@@ -243,6 +247,7 @@ def _describe_explain(facts: Facts) -> dict[str, Any]:
     said = "One image. One place after another is covered, and the model asked again (occlusion; Zeiler and Fergus 2014): 65 inferences, for one request at a time."
     return _describe_upload(facts, "explain", "Where in the photograph does the answer come from?", said, picture, label)
 
+# %% ../../nbs/api/serve/05_pages.ipynb #1e9e1f15
 def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
     limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, JPEG, PNG or WebP."
     named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
@@ -253,6 +258,7 @@ def _describe_upload(facts: Facts, name: str, summary: str, description: str, an
             "requestBody": {"required": True, "content": {"multipart/form-data": _form, "application/json": _encoded, **{kind: {"schema": _binary} for kind in sorted(RAW_TYPES)}}},
             "responses": {"200": answer, **{status: _reply(what, "Refusal") for status, what in REFUSALS.items()}}}
 
+# %% ../../nbs/api/serve/05_pages.ipynb #ca44851f
 def _describe_feedback() -> dict[str, Any]:
     body = {"type": "object", "required": ["request_id", "label"], "properties": {
         "request_id": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,68}$", "description": "Of the answer."},
@@ -284,8 +290,7 @@ ROUTES = {
 }
 REFUSALS = {
     "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `bad_json`, `no_image`, `bad_base64`, `too_many_images`, `no_label`, `bad_version`, `cut_off`, `bad_feedback`", "401": "A valid token is missing: `token`",
-    "404": "No such version: `no_version`",
-    "403": "Only this machine may ask: `not_loopback`, `other_origin`", "408": "The upload took too long: `slow`",
+    "403": "Only this machine may ask: `not_loopback`, `other_origin`", "404": "No such version: `no_version`", "408": "The upload took too long: `slow`",
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
     "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",
     "429": "Too many at once; come again after `Retry-After` seconds: `busy`",
