@@ -3681,6 +3681,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.plot_timeline': ( 'api/watch/monitoring.html#plot_timeline',
                                                                                         'cvops_wb/watch/monitoring.py'),
+                                           'cvops_wb.watch.monitoring.read_back': ( 'api/watch/monitoring.html#read_back',
+                                                                                    'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.read_reference': ( 'api/watch/monitoring.html#read_reference',
                                                                                          'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.read_rows': ( 'api/watch/monitoring.html#read_rows',

@@ -1,5 +1,6 @@
 "The stage: a version's newest predictions against the reference that the version carries."
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -70,6 +71,26 @@ def test_other_versions_in_between(workbench, bento, out):
     assert window.count == 200 and not window.drifted
     rows = pd.read_parquet(out/"window.parquet")
     assert rows["time"].is_monotonic_increasing and rows["time"].max() < "2026-03-02T20"
+
+
+def test_a_long_log_of_another_version_is_not_read_whole(workbench, bento, out, monkeypatch):
+    "What a look costs is bounded, however long the log is: neither the window nor the first look of the watcher goes further back."
+    import cvops_wb.serve.predictions as predictions
+    from cvops_wb.watch import monitoring
+    from cvops_wb.watch.verdicts import followers
+    write_log(workbench.root/LOG, make_window(60, seed=5))
+    for k in range(12): write_log(workbench.root/LOG, make_window(50, seed=k, start=f"2026-03-03T{8 + k:02}:00:00").assign(version=2))
+    write_log(workbench.root/LOG, make_window(40, seed=6, start="2026-03-03T21:00:00"))
+    for path in (workbench.root/LOG).glob("*.jsonl"):       # a segment was touched when its last row came
+        when = pd.Timestamp(json.loads(path.read_bytes().splitlines()[-1])["time"]).timestamp()
+        os.utime(path, (when, when))
+    read, real = [], predictions.read_segment
+    for room in (predictions, followers): monkeypatch.setattr(room, "read_segment", lambda stem: read.append(stem.name) or real(stem))
+    for room in (monitoring, followers): monkeypatch.setattr(room, "REACH", 130)
+    window = monitor(LOG, bento, MonitorSpec(newest=100, report=False), out)
+    assert window.count == 40 and len(set(read)) <= 5      # 40 of ours, 50 and 50: enough was looked through
+    monkeypatch.setattr(monitoring, "REACH", 10**6)
+    assert len(monitoring.take_window(LOG, 1, 100, 30)) == 100 and len(set(read)) == 14
 
 
 @pytest.mark.parametrize("rows, words", [

@@ -152,10 +152,10 @@ class Clock:
     def since(self, moment): return self.seconds
 
 
-def write_answers(log, name, count, rng, arms=(BASELINE, CHALLENGER), failing=(.01, .01), slower=1., place=itertools.count()):   # noqa: B008 - counts on
+def write_answers(log, name, count, rng, who=(BASELINE, CHALLENGER), failing=(.01, .01), slower=1., place=itertools.count()):   # noqa: B008 - counts on
     "Answers of a rollout, one of each arm in turn, as the service writes them."
     for _ in range(count):
-        for arm in arms:
+        for arm in who:
             ours = arm == CHALLENGER
             log.append({"request_id": f"q{next(place)}", "arm": f"{name}:{arm}", "failed": int(rng.random() < failing[ours]), "latency_ms": rng.lognormal(2, .3)*(slower if ours else 1), "predicted": "tea", "confidence": .8})
 
@@ -280,7 +280,7 @@ def find_enough(folder, spec):
     return None
 
 
-def run_fault(folder, fault, seed, spec, pace=1500., most=120.):
+def run_fault(folder, fault, seed, spec, pace=5000., most=120.):
     "A rollout of a bad version under load, with a controller of its own process: was it gone, how long after there was enough to see, how many were harmed."
     world = World(folder, fault, np.random.default_rng(seed))
     child, begin, when = start_controller(folder/"rollout", folder/"log", spec, 20., folder/"feedback", every=.5), time.monotonic(), []
