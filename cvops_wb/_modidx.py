@@ -3671,6 +3671,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.draw_timeline': ( 'api/watch/monitoring.html#draw_timeline',
                                                                                         'cvops_wb/watch/monitoring.py'),
+                                           'cvops_wb.watch.monitoring.find_answering': ( 'api/watch/monitoring.html#find_answering',
+                                                                                         'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.measure_accuracy': ( 'api/watch/monitoring.html#measure_accuracy',
                                                                                            'cvops_wb/watch/monitoring.py'),
                                            'cvops_wb.watch.monitoring.monitor': ( 'api/watch/monitoring.html#monitor',

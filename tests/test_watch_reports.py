@@ -153,7 +153,15 @@ def test_a_hundred_hostile_strings_on_every_page_in_a_browser(workbench, tmp_pat
     from watch_bench import fill_bench
 
     from cvops_wb.serve import Arm, RolloutFile
-    from cvops_wb.watch import read_glance, read_rollout, read_state, render_front, render_page, render_rollout, write_mail
+    from cvops_wb.watch import (
+        read_glance,
+        read_rollout,
+        read_state,
+        render_front,
+        render_page,
+        render_rollout,
+        write_mail,
+    )
     from cvops_wb.watch.verdicts import Cause, DriftState, Estimate, render_sheet
     quarters = ["".join(HUNDRED[k::4]) for k in range(4)]
     pages = {}
