@@ -27,6 +27,7 @@ from ..core.settings import Settings, load_settings
 from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representatives
 from .formats.objects import count_classes
 from .images import decode_image
+from .planting import is_synthetic, place_synthetic
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
@@ -114,9 +115,11 @@ def split_samples(table: pd.DataFrame, spec: CurateSpec, before: Mapping[str, st
     check_labels(table)
     strategy = spec.strategy if spec.strategy != "auto" else "given" if has_split(table) else "grouped"
     aside = has_tag(table, *ASIDE) | (has_tag(table, "near_duplicate") & (strategy == "grouped") & (not spec.keep_duplicates))
-    kept = table[~aside]
+    kept = table[~aside & ~is_synthetic(table)]     # what was made never decides how photographs are split
+    if kept.empty: raise BadInput("all images were made, and a model cannot be judged by those", got=f"{len(table)} synthetic images", fix="cvops synth without --alone writes them beside a snapshot's own")
     split = split_given(kept, spec.val, spec.seed, before) if strategy == "given" else split_grouped(kept, spec.val, spec.test, spec.seed, before)
     table = table.assign(split=split.reindex(table.index).fillna("none"))
+    table = table.assign(split=place_synthetic(table).where(~aside, "none"))
     alone = table["label"].isin(kept["label"].value_counts().loc[lambda count: count == 1].index) & ~aside
     between = (table["split"] == "none") & ~aside       # belongs to two sides of the split before
     return add_tags(table, leak=find_leaks(table), singleton=alone, between=between), strategy
@@ -133,7 +136,7 @@ def curate(
     table = read_samples(batch.samples, settings)
     check_labels(table)
     pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene)
-    table = add_tags(table, **flag_quality(table))
+    table = add_tags(table, **flag_quality(table), synthetic=is_synthetic(table))
     before = read_sides(find_before(batch, spec.before, settings), settings)
     table = group_samples(table, pairs, spec, before)
     check_classes(table, spec.min_images)
