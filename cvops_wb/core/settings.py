@@ -99,6 +99,9 @@ class Rollout:
     error_margin: float = .02       # more failed answers that are tolerated, as a share
     wrong_margin: float = .03       # more wrong answers, where there is feedback
     latency_margin: float = 1.25    # how many times slower
+    doubt_margin: float = .2        # more answers among the least sure quarter of all, as a share
+    mix_margin: float = .15         # more of the challenger's favourite answer, as a share
+    differ_limit: float = .4        # of its answers to the same images that differ, in the shadow
     step_pairs: int = 40            # pairs of answers in each step, at least
     step_seconds: float = 30.       # likewise
     deadline: float = 7200.         # seconds; what is not proven by then is not promoted
