@@ -315,7 +315,7 @@ def to_rows(model: str, found: dict) -> list[dict]:
 def measure_ready(onnx: Path, folder: Path, photos: list[bytes], rounds: int) -> list[dict]:
     "A null model from its command to its first answer, all cores, turn about; the first start of each, which fills caches, is thrown away."
     seconds = {OURS: [], "bentoml": []}
-    for number in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name in seconds:
             with serving(name, onnx, folder, photos, None) as server: seconds[name].append(server.ready_s)
     ours, peer = (statistics.median(found[1:]) for found in seconds.values())

@@ -3237,6 +3237,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'cvops_wb/serve/service/application.py'),
                                                     'cvops_wb.serve.service.application.make_application': ( 'api/serve/service/application.html#make_application',
                                                                                                              'cvops_wb/serve/service/application.py'),
+                                                    'cvops_wb.serve.service.application.make_server': ( 'api/serve/service/application.html#make_server',
+                                                                                                        'cvops_wb/serve/service/application.py'),
                                                     'cvops_wb.serve.service.application.make_service': ( 'api/serve/service/application.html#make_service',
                                                                                                          'cvops_wb/serve/service/application.py'),
                                                     'cvops_wb.serve.service.application.run_worker': ( 'api/serve/service/application.html#run_worker',
