@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STATISTICS', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device', 'check_spec', 'choose_epochs', 'complete',
            'check_task', 'seed_all', 'to_fit', 'shorten_memory', 'History', 'say', 'train', 'keep_batch', 'classify',
-           'teach', 'Material', 'gather', 'count_parameters', 'to_tensor', 'name_finer', 'deliver', 'file_away',
-           'draw_history', 'plot_history', 'draw_predictions']
+           'choose_way', 'look_once', 'teach', 'Material', 'gather', 'count_parameters', 'to_tensor', 'name_finer',
+           'deliver', 'file_away', 'draw_history', 'plot_history', 'draw_predictions']
 
 # %% ../../nbs/api/learn/07_training.ipynb #d899b7f1
 import math
@@ -31,7 +31,9 @@ from .exporting import check_parity, open_session, read_model, run_session, to_o
 from .fitting import FitSpec, NotFinite, fit
 from .learners import LEARNERS, LearnSpec, learn
 from .loading import Pixels, check_classes, load_pixels, read_photos, take_split
+from .learners.shots import recall_all
 from .networks import build_network
+from .networks.shots import Shots
 from .tasks import TASKS, check_labels, choose_task
 from .tasks.looks import draw_found
 from .tracking import Tracker, flatten, name_tags, read_context, tracked
@@ -153,7 +155,7 @@ def train(
     network = check_task(build_network(spec.network, task.count(material.classes), spec.size, spec.weights), spec).to(device)
     with tracked(settings, out.name.removesuffix(".part"), fresh=True, enabled=spec.track) as tracker:
         history = History(out/"history.csv", tracker, task.main_metric)
-        try: recipe = (teach if spec.task in LEARNERS else classify)(network, material, spec, history)
+        try: recipe = choose_way(network, spec)(network, material, spec, history)
         except NotFinite as e: raise keep_batch(e, material, out/"diverged") from e
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
@@ -177,11 +179,21 @@ def classify(network: Any, material: "Material", spec: TrainSpec, history: Histo
     fit(network, images, targets, recipe, history.add, name_finer(material.rows) if spec.folders else None, (seen, held))
     return recipe
 
+def choose_way(network: Any, spec: TrainSpec) -> Any:
+    "How this network learns for this task: at one look, in the loop that all tasks share, or by the recipe for one label an image."
+    return look_once if isinstance(network, Shots) else teach if spec.task in LEARNERS else classify
+
+def look_once(network: Any, material: "Material", spec: TrainSpec, history: History) -> LearnSpec:
+    "A head over embeddings that are fixed: there is nothing to descend."
+    return recall_all(network, material, spec.seed, history.add)
+
 def teach(network: Any, material: "Material", spec: TrainSpec, history: History) -> LearnSpec:
     "Any other task: its learner in the common loop."
     recipe = LearnSpec(spec.epochs, spec.batch_size, flips=spec.flips, seed=spec.seed, every=max(1, spec.epochs//6))
     recipe = replace(recipe, lr=spec.lr or recipe.lr)
-    learn(LEARNERS[spec.task](network, material, recipe), history.add)
+    learner = LEARNERS[spec.task](network, material, recipe)
+    if hasattr(learner, "memorise"): learner.memorise(history.add)      # no descent
+    else: learn(learner, history.add)
     return recipe
 
 # %% ../../nbs/api/learn/07_training.ipynb #5df2340d
@@ -242,7 +254,7 @@ def deliver(network: Any, material: Material, spec: TrainSpec, folder: Path) -> 
     outputs = run_session(session, images)
     temperature = task.calibrate(outputs.logits, targets, held, spec.size)
     scores = task.to_scores(outputs.logits, temperature, held, spec.size)
-    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items()}
+    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items() if math.isfinite(value[0])}
     reference = pd.DataFrame({"id": material.held["id"], "label": material.held["label"], **task.to_columns(scores, classes),
                               "embedding": list(outputs.embedding), **{name: material.held[name] for name in STATISTICS}})
     card = {"task": spec.task, "network": spec.network, "classes": classes, "size": spec.size, "temperature": temperature,
@@ -271,7 +283,8 @@ def plot_history(rows: pd.DataFrame) -> Any:
     left.plot(rows["epoch"], rows["loss"], color=COLOURS[3])
     left.set(title="loss on train", xlabel="epoch", ylim=(0, None))
     right.plot(seen["epoch"], seen[name], color=COLOURS[0], marker="." if len(seen) < 30 else "")
-    right.set(title=f"{name.removeprefix('val_')} on val: {seen[name].iloc[-1]:.3f}", xlabel="epoch", ylim=(0, 1))
+    told = f"{seen[name].iloc[-1]:.3f}" if len(seen) else "cannot be measured"
+    right.set(title=f"{name.removeprefix('val_')} on val: {told}", xlabel="epoch", ylim=(0, 1))
     return figure
 
 def draw_predictions(candidate: Candidate, most: int = 24, seed: int = 0) -> Any:
