@@ -36,9 +36,9 @@ def spotcheck(
     """
     settings = load_settings()
     if pairs: return spotcheck_rollout(settings, n, tool, dry_run)
-    bento, log = find_run(settings, "bento", "").record, find_log(settings, log)
+    from cvops_wb.watch import SpotcheckSpec, find_answering, read_reference, spotcheck as check, take_window
+    bento, log = find_answering(find_run(settings, "bento", "").record), find_log(settings, log)
     if dry_run: return Reply({"version": bento.version, "log": log, "n": n}, f"would draw {n} predictions of version {bento.version} from {log}")
-    from cvops_wb.watch import SpotcheckSpec, read_reference, spotcheck as check, take_window
     rows = take_window(log, bento.version, settings.monitor.window, 1)
     folder, result, answered = check(rows, read_reference(bento), bento, SpotcheckSpec(n, tool), done)
     place = folder.relative_to(settings.root).as_posix()

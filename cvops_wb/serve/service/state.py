@@ -45,7 +45,7 @@ class State:
         self.rollout = Path(os.environ.get("CVOPS_ROLLOUT") or self.log_folder.parent/"rollout")
         self.models = Path(os.environ.get("CVOPS_MODELS") or self.folder)   # what a rollout's versions are relative to
         self.threads = count_threads(settings.threads, settings.workers)
-        self.uploads, self.gate = Gate(UPLOADS), Gate(self.threads*(1 + WAITING))
+        self.uploads, self.gate, self.explaining = Gate(UPLOADS), Gate(self.threads*(1 + WAITING)), Gate(1)
         self.on_start: Callable[[], Any] = lambda: None
 
     def start(self) -> None:
