@@ -262,10 +262,20 @@ def train(
 def evaluate(
     candidate: Annotated[str | None, typer.Option(help="A train run; else the newest.")] = None,
     split: Annotated[str | None, typer.Option(help="test, val; auto: test where there is one.")] = None,
+    app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on its errors: boxes as patches, cells of the confusion matrix as views.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
-    """What the candidate is worth, with intervals."""
-    return run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    """What the candidate is worth, with intervals.
+
+    \b
+    cvops evaluate --app        and look at what it gets wrong
+    """
+    reply = run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    if app and not dry_run and reply.code == 0:
+        from cvops_wb.core.records import parse_record
+        from cvops_wb.data import index_errors, open_app
+        open_app(index_errors(parse_record(reply.document["stages"][-1]["record"])))
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #6fdc501d
 @app.command(rich_help_panel=LOOP)
