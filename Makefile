@@ -9,7 +9,7 @@ BIN    := .venv/bin
 DEBIAN := chromium fonts-dejavu-core git prometheus prometheus-alertmanager strace
 say     = @printf '\033[1m── %s\033[0m\n' "$(1)"
 
-.PHONY: help system setup demo test test-full lab notebooks lock docs wheel bench-peers clean
+.PHONY: help system setup demo test test-full lab notebooks lock wheel bench bench-peers clean
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -57,6 +57,12 @@ lock: | $(filter .cvops/%,$(UV))        ## renew requirements.lock: exact versio
 	@$(UV) pip compile pyproject.toml --universal --python-version 3.11 --extra all --extra sign --extra mongod --constraint .ci/constraints.txt \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate --quiet $(if $(KEEP),,--upgrade) -o requirements.lock
 	@grep -cE '^[a-zA-Z0-9._-]+==' requirements.lock | sed 's/$$/ packages locked/'
+
+bench: setup    ## every benchmark beside its peers, one after the other; QUICK=1: a minute each, ONLY=dedup: that one
+	@mkdir -p .cvops/bench
+	@for file in $(if $(ONLY),$(ONLY:%=bench/%.py),bench/*.py); do \
+	  printf '\033[1m── %s\033[0m\n' "$$file"; $(BIN)/python $$file $(if $(QUICK),--quick) --json .cvops/bench/$$(basename $$file .py).json || failed="$$failed $$file"; \
+	done; [ -z "$$failed" ] || { echo "could not measure:$$failed"; exit 1; }
 
 bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each in an environment of its own under .cvops/peers
 	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)

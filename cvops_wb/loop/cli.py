@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
            'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
            'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export', 'status', 'lineage', 'doctor', 'clean']
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import CvopsError, WrongUsage
-from ..core.files import dump_json, human_size
+from ..core.files import dump_json
 from ..core.settings import load_settings
 from .flow import LOOP as STAGES, make_demo
 from .replies import Reply, explain, parse_stage_sets, place, run_stages, summarize
@@ -256,10 +256,20 @@ def train(
 def evaluate(
     candidate: Annotated[str | None, typer.Option(help="A train run; else the newest.")] = None,
     split: Annotated[str | None, typer.Option(help="test, val; auto: test where there is one.")] = None,
+    app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on its errors: boxes as patches, cells of the confusion matrix as views.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
-    """What the candidate is worth, with intervals."""
-    return run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    """What the candidate is worth, with intervals.
+
+    \b
+    cvops evaluate --app        and look at what it gets wrong
+    """
+    reply = run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    if app and not dry_run and reply.code == 0:
+        from cvops_wb.core.records import parse_record
+        from cvops_wb.data import index_errors, open_app
+        open_app(index_errors(parse_record(reply.document["stages"][-1]["record"])))
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #6fdc501d
 @app.command(rich_help_panel=LOOP)
@@ -412,57 +422,7 @@ def export(
     done = export_samples(found, out, format, all)
     return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
 
-# %% ../../nbs/api/loop/11_cli.ipynb #34e75b49
-@app.command(rich_help_panel=LOOK)
-def status(json: Json = False) -> Reply:
-    """What stands where: the newest run of each stage, the champion."""
-    from cvops_wb.loop.lineage import read_status
-    found = read_status()
-    rows = [f"  {s['stage']:<10} {s['created'][:16].replace('T', ' '):<17} {s['text']}" for s in found["stages"]]
-    best = found["champion"]
-    champion = "{name} {version}, trained by {candidate} on snapshot {snapshot}".format(**best) if best else "none yet: cvops register"
-    left = [f"  leftovers  {', '.join(found['leftovers'])}: cvops clean"] if found["leftovers"] else []
-    return Reply(found, "\n".join([found["root"], *rows, "", f"  champion   {champion}", *left]))
-
-# %% ../../nbs/api/loop/11_cli.ipynb #86d5c53e
-@app.command(rich_help_panel=LOOK)
-def lineage(
-    name: Annotated[str, typer.Argument(metavar="ID", help="A request, run, bento, version, snapshot or sample.")],
-    json: Json = False,
-) -> Reply:
-    """From a served prediction back to its model, notebook and images.
-
-    \b
-    cvops lineage classifier:1
-    cvops lineage champion
-    """
-    from cvops_wb.loop.lineage import trace
-    tree = trace(name)
-    return Reply({"tree": tree.to_dict()}, str(tree))
-
-# %% ../../nbs/api/loop/11_cli.ipynb #27a2e973
-@app.command(rich_help_panel=LOOK)
-def doctor(json: Json = False) -> Reply:
-    """What is wrong with this machine, and how to mend it."""
-    from cvops_wb.loop.doctor import check_machine
-    checks = check_machine()
-    marks = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
-    rows = [f"  {marks[c.state]} {c.name:<18} {c.text}" + (f"\n{'':<25} → {c.fix}" if c.fix else "") for c in checks]
-    counts = {state: sum(c.state == state for c in checks) for state in marks}
-    total = f"{counts['bad']} bad, {counts['warn']} to know of, {counts['ok']} well"
-    return Reply({"checks": [vars(c) for c in checks], "counts": counts}, "\n".join([*rows, "", total]), 1 if counts["bad"] else 0)
-
-# %% ../../nbs/api/loop/11_cli.ipynb #facdcbe7
-@app.command(rich_help_panel=LOOK)
-def clean(json: Json = False, dry_run: Dry = False) -> Reply:
-    """Empty the caches; never the store, never a finished run."""
-    from cvops_wb.loop.doctor import clean_caches
-    freed = clean_caches(dry_run)
-    rows = [f"  {human_size(size):>9}  {name}" for name, size in freed.items()]
-    total = f"{human_size(sum(freed.values()))} {'would be freed' if dry_run else 'freed'}"
-    return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
-
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
+from . import overview, checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
 from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401
