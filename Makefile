@@ -68,6 +68,9 @@ bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each
 	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)
 	@test -x .cvops/peers/dedup/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/dedup
 	@$(UV) pip install --quiet --python .cvops/peers/dedup/bin/python imagededup==0.3.3.post2 imagehash==4.3.2
+	$(call say,peer of bench/quality.py)
+	@test -x .cvops/peers/cleanvision/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/cleanvision
+	@$(UV) pip install --quiet --python .cvops/peers/cleanvision/bin/python cleanvision==0.3.7
 	$(call say,peers of bench/drift.py)
 	@test -x .cvops/peers/alibi/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/alibi
 	@$(UV) pip install --quiet --python .cvops/peers/alibi/bin/python alibi-detect==0.13.0

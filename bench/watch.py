@@ -145,14 +145,14 @@ def compare_looks(long, short, rows, tables, runs):
     for k in range(runs):
         for settings in (short, long): shutil.rmtree(settings.store/"watch", ignore_errors=True)
         take("monitor", "monitor, first look at 2,000")
-        for settings, count in ((short, rows//50), (long, rows)): write_segments(settings.store/"predictions", tables, 1, time.time() - 300 + k, count//SEGMENT + k)
+        for settings in (short, long): write_segments(settings.store/"predictions", tables, 1, time.time() - 300 + k, rows//SEGMENT + k)
         take("monitor", "monitor, 5,000 new")
         take("count", "counts of 5,000 new")
         take("glance", "page of 24 hours, drawn")
     told = []
     for name in dict.fromkeys(key[0] for key in found):
         ours, less = (median(each["seconds"] for each in found[name, longer]) for longer in (True, False))
-        told.append(row(f"{name}, s, log of {rows:,}", ours, less, f"the same, log of {rows//50:,}", "told" if "once" in name else "<= 1.5 x" if "24 hours" not in name else "told",
+        told.append(row(f"{name}, s, log of {rows:,}", ours, less, f"the same, log of {max(SEGMENT, rows//50):,}", "told" if "once" in name else "<= 1.5 x" if "24 hours" not in name else "told",
                         None if "once" in name or "24 hours" in name else ours <= 1.5*less, len(found[name, True]), f"{max(each['mb'] for each in found[name, True]):.0f} MB at most"))
     return told
 
@@ -176,7 +176,7 @@ def main() -> None:
         reference = make_window(1000, seed=99)
         reference["embedding"] = list(np.random.default_rng(99).normal(size=(1000, 64)).astype(np.float32))
         reference["camera"] = np.random.default_rng(98).choice([f"camera-{k}" for k in range(4)], 1000)
-        long, short = (make_bench(folder/name, tables, reference, size) for name, size in (("long", count), ("short", count//50)))
+        long, short = (make_bench(folder/name, tables, reference, size) for name, size in (("long", count), ("short", max(SEGMENT, count//50))))
         rows = compare_looks(long, short, count, tables, runs)
         middle = long if options.quick else make_bench(folder/"middle", tables, reference, 1_000_000)
         if middle is not long: look("count", middle.root)
