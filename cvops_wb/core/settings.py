@@ -44,6 +44,8 @@ class Runs:
 class Train:
     device: str = "auto"        # auto, cpu, cuda
     threads: int = 0            # of torch; 0: all cores
+    checkpoint: float = 60.     # seconds between two checkpoints of a training; 0: after every step; negative: none
+    pixels_mb: float = 0.       # room for the decoded images of one snapshot and size; 0: what the disk has
 
 # %% ../../nbs/api/core/03_settings.ipynb #gatecard
 @dataclass(frozen=True)
