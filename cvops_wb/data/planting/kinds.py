@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['spoil', 'cut_out', 'feather', 'find_room', 'paste', 'imagine_scene']
 
-# %% ../../../nbs/api/data/planting/01_kinds.ipynb #03ed83a4
-import json
+# %% ../../../nbs/api/data/planting/01_kinds.ipynb #13e2207d
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from ..formats.objects import Object, dump_objects, make_object, parse_objects, 
 from . import KINDS, Made, Stock
 from ..scenery import CATALOGUE, LIGHTS, YAWS, draw_product
 
-# %% ../../../nbs/api/data/planting/01_kinds.ipynb #956ef59e
+# %% ../../../nbs/api/data/planting/01_kinds.ipynb #08833048
 @KINDS.register("spoil")
 def spoil(rng: np.random.Generator, stock: Stock) -> Made:
     "A photograph, blurred, dark, noisy, dirty …"
@@ -31,7 +30,7 @@ def _pick(rng: np.random.Generator, stock: Stock, kind: str) -> Any:
     if not len(stock.table): raise BadInput("there is no photograph in `train` to make images of", got=f"kind {kind}", fix="take a snapshot first, or make scenes: cvops synth scenes")
     return stock.table.iloc[int(rng.integers(len(stock.table)))]
 
-# %% ../../../nbs/api/data/planting/01_kinds.ipynb #67444cd3
+# %% ../../../nbs/api/data/planting/01_kinds.ipynb #a09bcb70
 def cut_out(
     pixels: np.ndarray,     # (H, W, 3)
     box: list[float],       # x, y, width, height
@@ -61,7 +60,7 @@ def find_room(shape: tuple[int, ...], size: tuple[int, int], taken: list[list[fl
         if all(left + width < x or x + w < left or top + height < y or y + h < top for x, y, w, h in taken): return left, top
     return None
 
-# %% ../../../nbs/api/data/planting/01_kinds.ipynb #2e06e026
+# %% ../../../nbs/api/data/planting/01_kinds.ipynb #ce1b4283
 @KINDS.register("paste")
 def paste(rng: np.random.Generator, stock: Stock) -> Made:
     "A photograph with up to four objects of others."
@@ -91,7 +90,7 @@ def _paste_one(pixels: np.ndarray, objects: list[Object], other: np.ndarray, giv
     objects.append(make_object(one["label"], [box[0] + left, box[1] + top, box[2], box[3]]))
     return True
 
-# %% ../../../nbs/api/data/planting/01_kinds.ipynb #dff612f0
+# %% ../../../nbs/api/data/planting/01_kinds.ipynb #c513eda3
 @KINDS.register("scenes")
 def imagine_scene(rng: np.random.Generator, stock: Stock, side: int = 320) -> Made:
     "Three to eight products, with boxes and outlines."
