@@ -94,7 +94,8 @@ def group_samples(
     said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
     labels = table["label"].where(said).groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
-    first = pick_representatives(table, near)
+    made = is_synthetic(table)
+    first = pick_representatives(table.assign(label=table["label"].where(~made, ""), width=table["width"].where(~made, 0)), near)   # a photograph stands before what was made of it
     copies = ~(first | table["id"].isin(before or {})) & _say_the_same(table, near, first)
     return add_tags(table, near_duplicate=copies, label_conflict=labels > 1,
                     unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)

@@ -19,7 +19,6 @@ from PIL import Image
 
 from ..core.errors import BadImage, BadInput
 from .images import open_image
-from .planting import is_synthetic
 
 # %% ../../nbs/api/data/10_duplicates.ipynb #d0b1e002
 SIDE = 32   # of the picture that is compared, pixels
@@ -387,7 +386,7 @@ def pick_representatives(
     first: np.ndarray,      # (N,) from `join_groups`
 ) -> np.ndarray:
     "Whether each sample stands for its group: bool (N,)."
-    order = table[["bytes", "id"]].assign(group=first, labelled=table["label"] != "", real=~is_synthetic(table), area=table["width"]*table["height"]).reset_index(drop=True)
-    ranked = order.sort_values(["real", "labelled", "area", "bytes", "id"], ascending=[False, False, False, False, True])
+    order = table[["bytes", "id"]].assign(group=first, labelled=table["label"] != "", area=table["width"]*table["height"]).reset_index(drop=True)
+    ranked = order.sort_values(["labelled", "area", "bytes", "id"], ascending=[False, False, False, True])
     best = ranked.groupby("group").head(1).index
     return np.isin(np.arange(len(table)), best)
