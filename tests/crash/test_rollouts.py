@@ -309,8 +309,7 @@ def test_a_planted_fault_is_gone_before_it_harms(tmp_path, fault):
     assert all(told["gone"] for told in found)
     assert max(told["seconds_late"] for told in found) <= 10
     # where every answer of the challenger harms, one request in a hundred is harmed on average: its share of the callers, which is drawn
-    assert max(told["harmed"]/told["requests"] for told in found) <= .01 + 4*np.sqrt(.01/5000)
-    assert not FULL or sum(told["harmed"] for told in found)/sum(told["requests"] for told in found) <= .0105
+    assert sum(told["harmed"] for told in found)/sum(told["requests"] for told in found) <= .01 + 4*np.sqrt(.01/5000/len(found))
 
 
 class Blind(Evidence):
