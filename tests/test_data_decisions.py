@@ -215,3 +215,22 @@ def test_an_unlabelled_batch_is_curated_split_and_versioned(photos, workbench, t
     labelled = curate(batch, CurateSpec(before=snapshot.id), room(workbench, "curate-2"))
     after = read_samples(labelled.samples).set_index("id")
     assert (after.split[sides.index[sides != "none"]] == sides[sides != "none"]).all() and labelled.classes == {"apple": 10, "lemon": 10, "lime": 10, "plum": 10} and "unlabelled" not in labelled.tags
+
+
+def test_the_commands_know_decisions_and_views(workbench, photos):
+    "Over the command line: a snapshot needs no FiftyOne; a decision makes curation run anew, and only then; a view that was saved can be taken alone."
+    pytest.importorskip("dvc")
+    from cvops_wb.loop import plan_flow, run_stage
+    shutil.copytree(REPO/"nbs"/"runs", workbench.root/"nbs"/"runs")
+    taken = run_stage("ingest", {"source": str(photos)})
+    curated = run_stage("curate", {"batch": taken.envelope.run})
+    first = run_stage("snapshot", {"push": False}).envelope.record
+    assert plan_flow(["curate"])[0].state == "reuse" and first.views == {}
+    ids = read_samples(curated.envelope.record.samples).id.tolist()
+    record_changes(workbench, Changes(tagged=[(ids[0], "remove")], saved={"few": {"ids": ids[:6], "stages": []}}))
+    assert plan_flow(["curate"])[0].state == "run"
+    again = run_stage("curate", {}).envelope
+    assert again.run != curated.envelope.run and again.record.set_aside == curated.envelope.record.set_aside + 1
+    second = run_stage("snapshot", {"push": False}).envelope.record
+    few = run_stage("snapshot", {"push": False, "only": "few"}).envelope.record
+    assert second.views == {"few": 6} == few.views and len(open_snapshot(few).table) == 6 and plan_flow(["curate"])[0].state == "reuse"

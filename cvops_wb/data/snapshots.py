@@ -153,10 +153,11 @@ class SnapshotSpec:
 
 def record_version(settings: Settings, table: pd.DataFrame, message: str = "", push: bool = False) -> Snapshot:
     "A sample table as a version of the data; call it inside `locked`."
-    return _record(settings, table, message, push).record
+    before = _read_known(settings, read_current(settings))
+    return _record(settings, table, message, push, before.only if before else "").record
 
-def _record(settings: Settings, table: pd.DataFrame, message: str, push: bool) -> "SnapshotReader":
-    reader = _write_version(settings, table, message)
+def _record(settings: Settings, table: pd.DataFrame, message: str, push: bool, only: str = "") -> "SnapshotReader":
+    reader = _write_version(settings, table, message, only)
     digest = _version(settings, message or f"snapshot {reader.record.id}: {reader.record.count} samples", push)
     reader.record = replace(reader.record, dvc=digest, pushed=push)
     return reader
@@ -173,13 +174,13 @@ def take_snapshot(
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
     table = correct_labels(table, read_events(settings, "labels"))
     if spec.view: table = take_view(table, spec.view, settings)
-    with locked(settings): reader = _record(settings, table, spec.message, spec.push)
+    with locked(settings): reader = _record(settings, table, spec.message, spec.push, spec.view)
     write_picture(out/"snapshot.png", draw_snapshot(reader.record, reader=reader))
     write_card(reader.record, out, reader)
     return reader.record
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
-def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "SnapshotReader":
+def _write_version(settings: Settings, table: pd.DataFrame, message: str, only: str = "") -> "SnapshotReader":
     images, kinds = zip(table["sha256"], table["ext"], table["bytes"]), dict(zip(table["sha256"], table["ext"]))
     places = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings),
                          ahead=settings.cache/AHEAD)
@@ -192,7 +193,7 @@ def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "Sn
     splits = {split: int(count) for split in SPLITS if (count := (table["split"] == split).sum())}
     snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in list_shards(places)], len(inside),
                         sorted((set(inside["label"]) | list_object_classes(inside["objects"])) - {""}), splits, message or (before.message if before else ""),
-                        before.parent if before else parent, views={view: len(found["ids"]) for view, found in views.items()})
+                        before.parent if before else parent, views={view: len(found["ids"]) for view, found in views.items()}, only=only)
     if before is None: append_event(settings, "versions", event="taken", snapshot=name, message=message, parent=parent)
     write_atomic(settings.versioned/"snapshots"/f"{name}.json", dump_json(snapshot.to_dict()))
     write_atomic(settings.versioned/"current", name + "\n")

@@ -131,10 +131,10 @@ def find_before(
     path, ids, seen = settings.versioned/"current", _read_ids(settings.root/batch.samples), set()
     name = given or (path.read_text().strip() if path.is_file() else "")
     while name and name not in seen and (settings.versioned/"snapshots"/f"{name}.json").is_file():
-        known = _read_ids(settings.versioned/"samples"/f"{name}.parquet")
-        if given or known & ids and known != ids: return name
+        known, record = _read_ids(settings.versioned/"samples"/f"{name}.parquet"), read_json(settings.versioned/"snapshots"/f"{name}.json")
+        if given or known & ids and known != ids and not record.get("only"): return name     # one of a view alone knows too few
         seen.add(name)
-        name = read_json(settings.versioned/"snapshots"/f"{name}.json").get("parent", "")
+        name = record.get("parent", "")
     return ""
 
 def _read_ids(path: Path) -> set[str]:

@@ -228,7 +228,7 @@ def snapshot(
     \b
     cvops snapshot -m "aisle 4 added"
     """
-    return run_stages({"snapshot": {"message": message, "view": view}}, set, force, dry_run)
+    return run_stages({"snapshot": {"message": message, "only": view}}, set, force, dry_run)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)
