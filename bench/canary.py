@@ -2,7 +2,7 @@
 
     python bench/canary.py [--quick] [--json FILE]
 
-Rollouts are simulated: errors, latencies (log-normal), and answers found wrong by feedback, in pairs of the two versions. The peer is the
+Rollouts are simulated: errors, latencies (log-normal), answers found wrong by feedback, doubts and answers, in pairs of the two versions. The peer is the
 test of fixed size at 90 % power, one-sided at the error that ours was measured to make: for shares the test of two proportions, for
 latencies Mann-Whitney, as Kayenta has it. Its sample size comes from the usual formulas and is checked by simulating its power here. A pair is one
 answer of each version; both sides count pairs.
@@ -16,7 +16,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from cvops_wb.serve.rollouts.sequential import Family, Process, Proportions, Tail, Values
+from cvops_wb.serve.rollouts.evidence import make_accusers
+from cvops_wb.serve.rollouts.sequential import Family, Process, Proportions, Values
 
 score = NormalDist().inv_cdf
 LEVEL, POWER = Family.level, .9
@@ -71,15 +72,11 @@ def wait(process: Process, draw, pairs: int, runs: int, rng: np.random.Generator
 
 def wait_family(make, draws: dict, pairs: int, runs: int, rng: np.random.Generator) -> np.ndarray:
     "The same for all measures of a rollout together."
-    family, when = Family(make(runs), level=LEVEL), np.full(runs, np.inf)
+    family, when = make(runs=runs), np.full(runs, np.inf)
     for k in range(pairs):
         for name, process in family.processes.items(): process.add(*draws[name](rng, runs))
         when[family.found & np.isinf(when)] = k + 1
     return when
-
-
-def make_processes(runs: int) -> dict[str, Process]:
-    return {"errors": Proportions(runs=runs), "latency": Values(runs=runs), "tail": Tail(runs=runs), "wrong": Proportions(runs=runs)}
 
 
 def row(measure: str, ours: float, peer: float | None, name: str, goal: str, met: bool, runs: int, note: str) -> dict:
@@ -87,15 +84,16 @@ def row(measure: str, ours: float, peer: float | None, name: str, goal: str, met
     return {"measure": measure, "ours": ours, "peer": peer, "peer_name": name, "ratio": ratio, "goal": goal, "met": bool(met), "runs": runs, "note": note}
 
 
-EQUAL = {"errors": shares(.05, .05), "latency": latencies(1, .3), "tail": latencies(1, .3), "wrong": shares(.2, .2)}
+EQUAL = {"errors": shares(.05, .05), "latency": latencies(1, .3), "tail": latencies(1, .3), "wrong": shares(.2, .2),
+         "doubt": lambda rng, shape: (rng.random(shape), rng.random(shape)), "mix": shares(.2, .2), "differ": lambda rng, shape: (rng.random(shape) < .3,)}
 
 
 def measure_equal(runs: int, pairs: int, rng: np.random.Generator) -> dict:
     "Equal versions, all measures at once, a look after every pair."
-    hits = int(np.isfinite(wait_family(make_processes, EQUAL, pairs, runs, rng)).sum())
+    hits = int(np.isfinite(wait_family(make_accusers, EQUAL, pairs, runs, rng)).sum())
     bound = bound_rate(hits, runs)
     found = row("equal versions accused, upper 95 % bound", round(bound, 4), None, "", "<= 0.05", bound <= .05, runs,
-                f"{hits} of {runs} rollouts of {pairs} pairs, four measures, a look after each pair")
+                f"{hits} of {runs} rollouts of {pairs} pairs, seven measures, a look after each pair")
     return {**found, "false": max(hits, 1)/runs}
 
 
@@ -113,15 +111,15 @@ def measure_effect(name: str, process, equal, draws: list, size, ranks: bool, pa
 
 
 def measure_family(runs: int, false: float, rng: np.random.Generator) -> list[dict]:
-    "One measure is worse and three are equal: the peer looks at all four at the same error in all (Bonferroni), or is told which one to look at."
+    "One measure is worse and six are equal: the peer looks at four at the same error in all (Bonferroni), or is told which one to look at."
     rows = []
     worse = {"errors": (lambda x: shares(.05, .05 + .05*x), lambda level: size_proportions(.05, .1, level), "two proportions"),
              "latency": (lambda x: latencies(1 + .2*x, .3), lambda level: size_ranks(1.2, .3, level), "Mann-Whitney")}
     for name, (draw, size, peer) in worse.items():
         for times, limit in ((1, .8), (2, .35)):
-            when = float(np.median(wait_family(make_processes, {**EQUAL, name: draw(times)}, math.ceil(size(false)*2), runs, rng)))
+            when = float(np.median(wait_family(make_accusers, {**EQUAL, name: draw(times)}, math.ceil(size(false)*2), runs, rng)))
             for level, note in ((false/4, "the peer too looks at four"), (false, "the peer is told which one to look at")):
-                rows.append(row(f"{name} among four, {times} x the effect: pairs, median", when, round(size(level), 1), peer,
+                rows.append(row(f"{name} among seven, {times} x the effect: pairs, median", when, round(size(level), 1), peer,
                                 f"<= {limit} x", when <= limit*size(level), runs, f"{note}, at an error of {level:.4f}"))
     return rows
 

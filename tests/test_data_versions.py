@@ -16,7 +16,7 @@ from cvops_wb.core.settings import load_settings
 from cvops_wb.data import shards
 from cvops_wb.data.snapshots import SnapshotSpec, find_snapshot, open_snapshot, read_current, take_snapshot
 from cvops_wb.data.store import read_samples, write_samples
-from cvops_wb.data.versions import integrity, objects
+from cvops_wb.data.versions import integrity, objects, recording
 from cvops_wb.data.versions.events import append_event, read_events
 from cvops_wb.data.versions.history import compare_versions, draw_difference, list_versions, write_difference
 from cvops_wb.data.versions.integrity import check_data, checkout_version, mend_version, pull_data
@@ -405,3 +405,16 @@ def test_packed_images_may_leave_the_store(copy):
     assert free_blobs(settings, dry=True)["images"] == 40 == free_blobs(settings)["images"]
     assert not list((settings.store/"blobs").rglob("*.jpg")) and all(len(read_blob(row, settings)) == row.bytes for row in rows.itertuples())
     assert loosen_blobs(settings) == 40 and free_blobs(settings)["images"] == 40
+
+
+def test_equal_files_become_one_object(workbench):
+    "A registry holds a model twice; the threads that record a version meet at the same object."
+    for turn in range(20):
+        for name in "abcd":
+            path = workbench.versioned/str(turn)/name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"%d" % turn*200_000)
+    recording.add_data(workbench, "")
+    cache = workbench.root/".dvc"/"cache"
+    assert len([p for p in cache.rglob("*") if p.is_file()]) == 21 and not list(cache.rglob("*.part"))
+    assert recording.check_status(workbench) == {"changed": [], "missing": [], "new": []}

@@ -173,3 +173,8 @@ def test_torchvision_s_segmenters(name, classes):
     network(torch.zeros(2, 3, 64, 64)).mean().backward()
     session = open_session(to_onnx(network.eval(), 64, ("maps", "embedding")), 1)
     assert run_session(session, np.zeros((3, 64, 64, 3), np.uint8)).logits.shape == (3, classes, 64, 64)
+
+
+@pytest.mark.parametrize("side, want", [(8, 32), (28, 64), (64, 128), (348, 128)])
+def test_small_images_are_not_blown_up(side, want):
+    assert TASKS["classification"]().choose_size(pd.DataFrame({"width": [side]*3 + [4000], "height": [side + 20]*4})) == want

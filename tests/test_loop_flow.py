@@ -109,3 +109,12 @@ def test_the_board_is_plain_in_a_log():
     quiet = Board(stream, quiet=True)
     quiet.start("x"); quiet.finish("x", "failed", "y")
     assert len(stream.getvalue().splitlines()) == 2
+
+
+def test_a_log_hears_of_long_work_now_and_then(monkeypatch):
+    stream, clock = io.StringIO(), iter([0, 10, 61, 61, 70, 70])
+    monkeypatch.setattr("cvops_wb.loop.flow.time.monotonic", lambda: next(clock))
+    board = Board(stream)
+    board.start("train")
+    for epoch in (1, 2, 3): board.update("train", 3, 11, f"epoch {epoch}")
+    assert [line.split()[1:] for line in stream.getvalue().splitlines()] == [["train"], ["train", "epoch", "2"]]

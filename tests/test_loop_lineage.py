@@ -1,4 +1,8 @@
 "From any name back to notebook, model and images."
+import json
+import os
+import time
+
 import pandas as pd
 import pytest
 
@@ -74,5 +78,11 @@ def test_status(history):
     from loop_bench import write_ingest
     write_ingest(history.root)
     (history.reports/"train-0000000009.failed").mkdir()
+    for run, pid in {"train-000000000a": os.getpid(), "train-000000000b": 2**22 + 1}.items():     # one goes on, the other's runner was killed
+        part = history.reports/f"{run}.part"
+        part.mkdir()
+        (part/".running.json").write_text(json.dumps({"pid": pid, "mark": "m", "time": time.time() - 9}))
+        (part/"notebook.ipynb").write_text(json.dumps({"cells": [{"outputs": [{"output_type": "stream", "text": ["epoch 1/9\n", "epoch 2/9\n"]}]}, {"outputs": []}]}))
     found = read_status()
-    assert found["stages"][0]["run"] == "ingest-0000000001" and found["leftovers"] == ["train-0000000009.failed"] and found["champion"] is None
+    assert [(each["run"], each["text"]) for each in found["running"]] == [("train-000000000a", "epoch 2/9")] and 9 <= found["running"][0]["seconds"]
+    assert found["stages"][0]["run"] == "ingest-0000000001" and found["leftovers"] == ["train-0000000009.failed", "train-000000000b.part"] and found["champion"] is None

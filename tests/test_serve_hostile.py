@@ -2,13 +2,16 @@
 
 A sample runs in `make test`; CVOPS_FULL=1 sends 10,000 images and 5,000 requests made from the service's own OpenAPI document.
 """
+import base64
 import io
 import json
 import os
 import struct
+import time
 import urllib.error
 import urllib.request
 import zlib
+from collections import Counter
 
 import numpy as np
 import psutil
@@ -78,6 +81,11 @@ def find_workers(service):
     return sorted(child.pid for child in psutil.Process(service.process.pid).children(recursive=True))
 
 
+def peak(service):
+    "The most memory that the worker ever held, bytes."
+    return max(int(line.split()[1])*1024 for pid in find_workers(service) for line in open(f"/proc/{pid}/status") if line.startswith("VmHWM"))
+
+
 def put(service, data, kind="image/jpeg", path="/predict", **headers):
     "Status and reply."
     request = urllib.request.Request(service.url + path, data=data, headers={"content-type": kind, **headers})
@@ -99,6 +107,62 @@ def judge(service, cases, ask=put):
 @pytest.mark.parametrize("name", FIXED)
 def test_a_hostile_file_is_refused_or_answered(service, name):
     assert judge(service, [(name, FIXED[name])]) == []
+
+
+SENT = {"raw": lambda data: (data, "application/octet-stream", "/predict"), "wrong type": lambda data: (data, "image/png", "/predict"),
+        "form": lambda data: (b'--edge\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + data + b"\r\n--edge--\r\n", "multipart/form-data; boundary=edge", "/predict"),
+        "json": lambda data: (json.dumps({"image": base64.b64encode(data).decode()}).encode(), "application/json", "/predict"), "explained": lambda data: (data, "image/jpeg", "/explain")}
+
+
+@pytest.mark.parametrize("how", ["form", "json", "explained"])
+@pytest.mark.parametrize("name", FIXED)
+def test_a_hostile_file_in_another_cover(service, name, how):
+    body, kind, path = SENT[how](FIXED[name])
+    request = urllib.request.Request(service.url + path, data=body, headers={"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply: assert reply.status == 200 and reply.read()
+    except urllib.error.HTTPError as e: assert 400 <= e.code < 500 and json.loads(e.read())["reason"]
+
+
+def test_one_of_a_batch_may_be_hostile(service):
+    "All of them at once, between two good ones: each has its word, and the good ones are answered."
+    files = [photograph("red"), *list(FIXED.values())[1:29], photograph("blue")]
+    status, told = put(service, json.dumps({"images": [base64.b64encode(data).decode() for data in files]}).encode(), "application/json", "/predict/batch")
+    answers = told["answers"]
+    assert status == 200 and [answers[0]["label"], answers[-1]["label"]] == ["red", "blue"] and all("label" in a or 400 <= a["status"] < 500 and a["reason"] for a in answers)
+
+
+def damage(rng):
+    "A mutant of anything that we have: of a small image, of a photograph of up to a megabyte, of a crafted file."
+    way = rng.integers(10)
+    if way < 7: return mutate(rng)
+    data = bytearray(LARGE[rng.integers(len(LARGE))] if way == 9 else list(FIXED.values())[1 + rng.integers(len(FIXED) - 1)])
+    for _ in range(rng.integers(1, 9)): data[int(rng.integers(len(data)))] = int(rng.integers(256))
+    return bytes(data[:rng.integers(1, len(data) + 1)]) if rng.integers(4) == 0 else bytes(data)
+
+
+LARGE = [photograph("green", kind, (1000, 750), k) for k, kind in enumerate(("JPEG", "WEBP", "BMP", "TIFF"))]
+LARGE = [data for data in LARGE if len(data) <= 3_000_000]
+
+
+def test_the_campaign_of_bad_input(service):
+    """Mutants of images and of crafted files, raw, in forms, as Base64: refused with a reason or answered; how long a refusal takes is told, and the peak of memory
+    stays within a fifth of that of valid photographs."""
+    rng, before = np.random.default_rng(11), find_workers(service)
+    for k in range(40):
+        for kind in ("JPEG", "PNG", "WEBP"):
+            for how in ("raw", "form", "json"): put(service, *SENT[how](photograph(seed=k, kind=kind, size=(1000, 750))))
+    most, seconds, statuses, wrong = peak(service), [], {}, []
+    for k in range(COUNT):
+        data, how = damage(rng), ("raw", "wrong type", "form", "json")[k % 4]
+        begin = time.perf_counter()
+        status, told = put(service, *SENT[how](data))
+        if status != 200 and len(data) <= 1_000_000: seconds.append(time.perf_counter() - begin)
+        statuses[status] = statuses.get(status, 0) + 1
+        if not (status == 200 and told["label"] or 400 <= status < 500 and told.get("reason")): wrong.append((how, status, told, data[:40]))
+    refused = np.sort(seconds)*1e3
+    print(f"\n{COUNT} bad inputs: {statuses}; refusals of up to 1 MB p50 {refused[len(refused)//2]:.1f} ms, p99 {refused[int(.99*len(refused))]:.1f} ms; peak {peak(service)/most:.3f} of a valid run's {most/1e6:.0f} MB")
+    assert wrong == [] and find_workers(service) == before and peak(service) <= 1.2*most, (wrong[:3], peak(service)/most)
 
 
 def test_mutants_are_refused_or_answered(service):
@@ -169,6 +233,7 @@ def test_the_service_keeps_to_its_own_description(service):
             seen.append((case.method, case.path, response.status_code))
             assert response.status_code < 500, (case.method, case.path, response.text[:300])
         send()
+    print(f"\n{len(seen)} requests out of the description, of {len(operations)} operations: {dict(Counter(status for *_, status in seen))}")
     assert len(seen) >= least
     with Client(service.url) as client: assert client.predict(photograph())["label"]
 

@@ -41,7 +41,7 @@ def folder(bench):
 def test_a_bento_holds_what_serving_needs_and_no_more(bench, bento):
     built = bench.root/bento.path
     names = {path.relative_to(built/"src").as_posix() for path in (built/"src").rglob("*") if path.is_file()}
-    assert {"service.py", "service.json", "settings.ini", "model/model.onnx", "model/manifest.json", "cvops_wb/serve/service.py"} <= names
+    assert {"service.py", "service.json", "settings.ini", "model/model.onnx", "model/manifest.json", "cvops_wb/serve/service/application.py"} <= names
     assert not [n for n in names if n.startswith(("cvops_wb/learn", "cvops_wb/watch", "cvops_wb/loop", "cvops_wb/share")) or n.endswith((".pyc", ".pkl", ".ipynb"))]
     needs = (built/"env"/"python"/"requirements.txt").read_text()
     assert "onnxruntime==" in needs and "torch" not in needs and "mlflow" not in needs and "fiftyone" not in needs

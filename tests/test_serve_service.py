@@ -1,5 +1,7 @@
 "The packaged service as its callers meet it: a real BentoML service with two workers, over HTTP."
+import base64
 import http.client
+import io
 import json
 import os
 import shutil
@@ -11,7 +13,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from serve_toy import photograph
 
 from cvops_wb.core.errors import BadModel, NoRoom
@@ -81,6 +85,59 @@ def test_a_form_gives_the_same_answer(service, field, extra):
     assert status == 200 and json.loads(body)["scores"] == raw["scores"]
 
 
+@pytest.mark.parametrize("data", [{"image": base64.b64encode(JPEG).decode()}, {"images": [base64.b64encode(JPEG).decode()]}, {"image": "data:image/jpeg;base64," + base64.b64encode(JPEG).decode()}])
+def test_base64_in_json_gives_the_same_answer(service, data):
+    raw = json.loads(send(service, body=JPEG, content_type="image/jpeg")[2])
+    status, _, body = send(service, body=json.dumps(data).encode(), content_type="application/json")
+    assert status == 200 and json.loads(body)["scores"] == raw["scores"]
+
+
+def form_of(*files: bytes) -> dict:
+    "A form with several files."
+    parts = [b'--edge\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n' + data + b"\r\n" for data in files]
+    return {"body": b"".join(parts) + b"--edge--\r\n", "content_type": "multipart/form-data; boundary=edge"}
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/batch"])
+@pytest.mark.parametrize("how", ["form", "json"])
+def test_several_images_are_answered_each_for_itself(service, bench, path, how):
+    "A bad one between them is refused alone; each answer is in the log under its own id."
+    files, name = [photograph("red"), b"no photograph", photograph("blue", "PNG")], f"several-{how}-{len(path)}"
+    encoded = {"body": json.dumps({"images": [base64.b64encode(data).decode() for data in files]}).encode(), "content_type": "application/json"}
+    status, _, body = send(service, path=path, x_request_id=name, **(form_of(*files) if how == "form" else encoded))
+    first, second, third = json.loads(body)["answers"]
+    assert status == 200 and (first["label"], second["reason"], second["status"], third["label"]) == ("red", "not_an_image", 422, "blue")
+    logged = read_predictions(bench.root/"log").set_index("request_id").predicted
+    assert [first["request_id"], third["request_id"]] == [name, f"{name}.2"] and (logged[name], logged[f"{name}.2"]) == ("red", "blue") and f"{name}.1" not in logged
+    with Client(service.url) as client: client.tell("x"*60 + ".31", "red")
+
+
+def test_a_batch_of_one_is_a_list(service):
+    assert [a["label"] for a in json.loads(send(service, path="/predict/batch", body=JPEG, content_type="image/jpeg")[2])["answers"]] == ["green"]
+
+
+def test_the_picture_shows_what_the_answer_comes_from(service):
+    "Half of the photograph is green and half is grey: the colour is on the green half, for the class green and not for the class red."
+    pixels = np.full((120, 160, 3), 128, np.uint8)
+    pixels[:, :80] = (30, 200, 50)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    def ask(path):
+        status, headers, body = send(service, path=path, body=out.getvalue(), content_type="image/png")
+        assert status == 200 and headers["Content-Type"] == "image/png" and headers["X-Version"] == "1"
+        picture = np.asarray(Image.open(io.BytesIO(body)).convert("RGB")).astype(float)
+        colour = picture.max(2) - picture.min(2)
+        return headers["X-Label"], colour[:, :60].mean(), colour[:, 100:].mean()
+    label, left, right = ask("/explain")
+    assert label == "green" and left > 5*right + 10, (left, right)
+    assert ask("/explain?label=red")[0] == "red"
+
+
+def test_one_explanation_at_a_time(service):
+    with ThreadPoolExecutor(8) as pool: replies = list(pool.map(lambda _: send(service, path="/explain", body=JPEG, content_type="image/jpeg"), range(24)))
+    assert {status for status, *_ in replies} <= {200, 429} and any(status == 200 for status, *_ in replies)
+
+
 @pytest.mark.parametrize("given, echoed", [("order-17.a_B", True), ("x"*64, True), ("x"*65, False), ("a b", False), ("é", False), ("<b>", False)])
 def test_a_request_id_of_ones_own(service, given, echoed):
     _, headers, body = send(service, body=JPEG, content_type="image/jpeg", x_request_id=given.encode("utf-8").decode("latin-1"))
@@ -111,11 +168,22 @@ def test_the_truth_is_taken_and_can_be_read(service, client, bench):
     (413, "too_large", form("file", bytes(11_000_000))),
     (415, "content_type", {"body": JPEG}),
     (415, "content_type", {"body": JPEG, "content_type": "image/svg+xml"}),
-    (415, "content_type", {"body": b'{"url": "http://example.com/a.jpg"}', "content_type": "application/json"}),
+    (400, "no_image", {"body": b'{"url": "http://example.com/a.jpg"}', "content_type": "application/json"}),
+    (400, "bad_base64", {"body": b'{"image": "http://example.com/a.jpg"}', "content_type": "application/json"}),
+    (400, "no_image", {"body": b'{"images": []}', "content_type": "application/json"}),
+    (400, "no_image", {"path": "/predict/batch", "body": b'{"images": [7]}', "content_type": "application/json"}),
+    (400, "bad_json", {"body": b"["*4000, "content_type": "application/json"}),
+    (400, "too_many_images", {"path": "/predict/batch", "body": b'{"images": [' + b'"AAAA",'*32 + b'"AAAA"]}', "content_type": "application/json"}),
+    (400, "too_many_images", {"path": "/explain", "body": b'{"images": ["AAAA", "AAAA"]}', "content_type": "application/json"}),
+    (413, "too_large", {"body": b'{"image": "' + b"A"*13_400_000 + b'"}', "content_type": "application/json"}),
+    (413, "too_large", {"path": "/predict/batch", "body": bytes(10_000_001), "content_type": "image/jpeg"}),
+    (422, "not_an_image", {"path": "/explain", "body": b"hello, I am a photograph", "content_type": "image/jpeg"}),
+    (400, "no_label", {"path": "/explain?label=purple", "body": JPEG, "content_type": "image/jpeg"}),
+    (404, "no_version", {"path": "/explain?version=99", "body": JPEG, "content_type": "image/jpeg"}),
     *[(415, "content_type", {"body": b"cos\nsystem\n(S'id'\ntR.", "content_type": kind}) for kind in
       ("application/x-pickle", "application/python-pickle", "application/vnd.bentoml+pickle", "application/x-python-serialize", "application/x-npy")],
     (404, "no_route", {"method": "GET", "path": "/docs/../etc/passwd"}),
-    (404, "no_route", {"path": "/predict/batch", "body": JPEG}),
+    (404, "no_route", {"path": "/predict/batch/", "body": JPEG}),
     (405, "method", {"method": "GET", "path": "/predict"}),
     (405, "method", {"method": "POST", "path": "/metrics", "body": b""}),
     (400, "bad_feedback", {"path": "/feedback", "body": b"", "content_type": "application/json"}),
@@ -149,9 +217,6 @@ def test_a_body_without_a_length_is_counted(service):
 
 
 def test_many_megapixels_are_refused_by_the_header_alone(service):
-    import io
-
-    from PIL import Image
     out = io.BytesIO()
     Image.new("L", (6000, 6000)).save(out, "PNG")
     status, _, body = send(service, body=out.getvalue(), content_type="image/png")
@@ -159,9 +224,6 @@ def test_many_megapixels_are_refused_by_the_header_alone(service):
 
 
 def test_a_full_line_says_when_to_come_back(service):
-    import io
-
-    from PIL import Image
     out = io.BytesIO()
     Image.effect_noise((4800, 4800), 40).convert("RGB").save(out, "JPEG", quality=30)
     large = out.getvalue()
@@ -226,7 +288,7 @@ def test_the_log_survives_a_kill_and_the_worker_is_back(bench, service):
 def test_models_and_openapi(client, service):
     assert client.list_models()[0] | {"model": ""} == {"name": "toy", "version": 1, "alias": "champion", "model": "", "classes": ["red", "green", "blue"], "size": 32}
     api = json.loads(send(service, "GET", "/openapi.json")[2])
-    assert api["openapi"].startswith("3.1") and {"/predict", "/metrics", "/v1/models", "/livez", "/readyz"} <= set(api["paths"])
+    assert api["openapi"].startswith("3.1") and {"/predict", "/predict/batch", "/explain", "/feedback", "/metrics", "/v1/models", "/livez", "/readyz"} <= set(api["paths"])
     for status in ("400", "413", "415", "422", "429"): assert status in api["paths"]["/predict"]["post"]["responses"]
 
 
@@ -251,13 +313,22 @@ def test_the_pages_in_chromium(service, tmp_path, scheme):
         assert page.inner_text("#label") == "red" and page.locator(".row").count() == 3 and "version 1" in page.inner_text("#foot")
         page.wait_for_timeout(400)
         page.screenshot(path=tmp_path/f"answer-{scheme}.png")
+        plain = page.get_attribute("#photo", "src")
+        page.click("#why")
+        sync.expect(page.locator("#why")).to_have_text("Show the photograph")
+        assert page.get_attribute("#photo", "src") != plain and page.locator("#photo").evaluate("photo => photo.naturalWidth") == 640
+        page.screenshot(path=tmp_path/f"why-{scheme}.png")
+        page.click("#why")
+        assert page.get_attribute("#photo", "src") == plain
+        page.select_option("#truth", "blue")
+        sync.expect(page.locator("#told")).to_have_text("Noted. Thank you.")
         page.set_input_files("#file", tmp_path/"text.jpg")
         page.wait_for_selector("#error:not([hidden])")
         assert "not_an_image" in page.inner_text("#error")
         page.screenshot(path=tmp_path/f"error-{scheme}.png")
         assert [c for c in complaints if "422" not in c] == []
         page.goto(f"{service.url}/docs")
-        assert "/v1/models" in page.inner_text("main") and "too_many_pixels" in page.inner_text("main")
+        assert all(path in page.inner_text("main") for path in ("/v1/models", "/predict/batch", "/explain", "/feedback")) and "too_many_pixels" in page.inner_text("main")
         page.screenshot(path=tmp_path/f"docs-{scheme}.png", full_page=True)
         browser.close()
     assert asked and all(url.startswith((service.url, "blob:", "data:")) for url in asked), asked

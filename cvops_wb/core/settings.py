@@ -44,6 +44,8 @@ class Runs:
 class Train:
     device: str = "auto"        # auto, cpu, cuda
     threads: int = 0            # of torch; 0: all cores
+    checkpoint: float = 60.     # seconds between two checkpoints of a training; 0: after every step; negative: none
+    pixels_mb: float = 0.       # room for the decoded images of one snapshot and size; 0: what the disk has
 
 # %% ../../nbs/api/core/03_settings.ipynb #gatecard
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Serve:
     threads: int = 0            # of ONNX Runtime in each worker; 0: cores divided by workers
     max_bytes: int = 10_000_000 # of one upload
     max_megapixels: float = 25. # of one upload
+    timeout: float = 30.        # seconds until a caller is told 504; the thread that works on it keeps its place until it ends
     keep_share: float = .05     # of all images that are kept, for spot checks and to be looked at; 0: none of the sure ones
     keep_below: float = .5      # images whose answer is less sure are kept too; 0: none
     keep_mb: int = 1000         # of kept images; then the oldest go
@@ -99,6 +102,9 @@ class Rollout:
     error_margin: float = .02       # more failed answers that are tolerated, as a share
     wrong_margin: float = .03       # more wrong answers, where there is feedback
     latency_margin: float = 1.25    # how many times slower
+    doubt_margin: float = .2        # more answers among the least sure quarter of all, as a share
+    mix_margin: float = .15         # more of the challenger's favourite answer, as a share
+    differ_limit: float = .4        # of its answers to the same images that differ, in the shadow
     step_pairs: int = 40            # pairs of answers in each step, at least
     step_seconds: float = 30.       # likewise
     deadline: float = 7200.         # seconds; what is not proven by then is not promoted

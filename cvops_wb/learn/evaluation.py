@@ -9,6 +9,7 @@ __all__ = ['resample_groups', 'bootstrap', 'time_model', 'EvaluateSpec', 'evalua
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #8cb11f19
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
 from .slices import FIELDS, draw_slices, measure_slices, name_slices
 from .tasks import TASKS
+from .tasks.classification import find_chance
 from .tracking import Tracker, name_metrics, tracked
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #9bafd74b
@@ -55,7 +57,7 @@ def bootstrap(
     at_once = max(1, 4_000_000//max(len(targets), 1))
     parts = [task.measure(scores, targets, resample_groups(groups, min(at_once, repeats - k), seed + k)) for k in range(0, repeats, at_once)]
     values = {name: np.concatenate([part[name] for part in parts]) for name in (parts or [{}])[0]}
-    return {name: np.nanpercentile(value, [50*(1 - level), 50*(1 + level)]).tolist() for name, value in values.items()}
+    return {name: np.nanpercentile(value, [50*(1 - level), 50*(1 + level)]).tolist() for name, value in values.items() if not np.isnan(value).all()}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #d4b38341
 def time_model(model: Model, images: np.ndarray, repeats: int = 60, threads: int = 0) -> float:
@@ -112,7 +114,7 @@ def predict(
     outputs = run_model(model, pixels.take(rows["id"]))
     scores = task.to_scores(outputs.logits, model.temperature, rows, model.size)
     correct = task.rate(scores, task.to_targets(rows, model.classes, model.size))
-    table = pd.DataFrame({"id": rows["id"], "label": rows["label"], **task.to_columns(scores, model.classes), "correct": correct,
+    table = pd.DataFrame({"id": rows["id"], "label": task.name_truth(rows, model.classes), **task.to_columns(scores, model.classes), "correct": correct,
                           "scores": task.pack(scores), "group": rows["group"], "leak": ["leak" in tags for tags in rows["tags"]],
                           "slices": name_slices(rows, outputs.embedding, fields),
                           **{name: rows[name] for name in ("objects", "width", "height") if task.truth != "label"}})
@@ -122,8 +124,8 @@ def measure_unleaked(task: Any, table: pd.DataFrame, scores: np.ndarray, targets
     "The main metric on samples that have no near duplicate in `train` (those without the tag `leak`), and their count."
     free = ~table["leak"].to_numpy(bool)
     kept = [values[free] if isinstance(values, np.ndarray) else [v for v, on in zip(values, free) if on] for values in (scores, targets)]
-    value = {f"{task.main_metric}_unleaked": float(task.measure(*kept)[task.main_metric][0])} if free.any() else {}
-    return {**value, "count_unleaked": float(free.sum())}
+    value = float(task.measure(*kept)[task.main_metric][0]) if free.any() else math.nan
+    return {**({f"{task.main_metric}_unleaked": value} if math.isfinite(value) else {}), "count_unleaked": float(free.sum())}
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #5f8e6b3c
 def measure_all(
@@ -135,8 +137,10 @@ def measure_all(
 ) -> tuple[dict[str, float], dict[str, list[float]], dict[str, dict[str, float]]]:
     "Metrics, their intervals, and the numbers of each class."
     targets = task.to_targets(table, model.classes, model.size)
-    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items()}
+    metrics = {name: float(value[0]) for name, value in task.measure(scores, targets).items() if math.isfinite(value[0])}
     intervals = bootstrap(task, scores, targets, table["group"].to_numpy(), spec.bootstrap, spec.seed)
+    intervals = {name: ends for name, ends in intervals.items() if name in metrics}
+    if task.main_metric == "accuracy": metrics["chance"] = find_chance(targets)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
 
 def slice_up(task: Any, model: Model, table: pd.DataFrame, scores: Any, spec: EvaluateSpec) -> list[dict[str, Any]]:
@@ -172,6 +176,10 @@ def draw_metrics(evaluation: Evaluation) -> Any:
     for k, name in enumerate(reversed(names)):
         axes.plot(evaluation.intervals[name], [k, k], color=COLOURS[0], linewidth=5, alpha=.35, solid_capstyle="butt")
         axes.plot(evaluation.metrics[name], k, "o", color=COLOURS[0])
+    if (chance := evaluation.metrics.get("chance")) is not None:
+        place = len(names) - 1 - names.index("accuracy")
+        axes.plot([chance]*2, [place - .3, place + .3], color=COLOURS[3])
+        axes.annotate("chance", (chance, place + .32), ha="center", fontsize=7, color=COLOURS[3])
     axes.set_yticks(range(len(names)), [f"{name.replace('_', ' ')}  {evaluation.metrics[name]:.3f}" for name in reversed(names)])
     axes.set(title=f"{evaluation.count} images of {evaluation.split}, 95 % intervals", xlim=(0, 1.005), ylim=(-.6, len(names) - .4))
     return figure

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rule', 'RULES', 'paired_interval', 'Comparison', 'design_effect', 'compare', 'find_quantile', 'get_metric',
-           'rule_samples', 'rule_accuracy', 'rule_leaks', 'limit_rule', 'list_rules', 'rule_champion', 'count_needed',
-           'compare_slices', 'rule_no_slice_worse', 'rule_slices_held', 'find_power', 'judge']
+           'rule_samples', 'rule_accuracy', 'rule_leaks', 'rule_chance', 'limit_rule', 'list_rules', 'rule_champion',
+           'count_needed', 'compare_slices', 'rule_no_slice_worse', 'rule_slices_held', 'find_power', 'judge']
 
 # %% ../../nbs/api/learn/09_gates.ipynb #187d584a
 import math
@@ -124,6 +124,12 @@ def rule_leaks(e: Evaluation, gate: Gate) -> Rule:
     told = "" if free is None or not share else f"; {e.main_metric} without them {free:.3f}"
     return _rule("max_leak_share", share, gate.max_leak_share, share <= gate.max_leak_share, f"{share:.1%} of {e.count} images have near duplicates in train{told}")
 
+def rule_chance(e: Evaluation) -> Rule:
+    "The interval of accuracy lies above what always naming the most frequent class would get."
+    low, chance = get_metric(dict(enumerate(e.intervals.get(e.main_metric, []))), 0), e.metrics["chance"]
+    why = f"{e.main_metric} {get_metric(e.metrics, e.main_metric):.3f}, lower end {low:.3f}; the most frequent class alone gives {chance:.3f}"
+    return _rule("better_than_chance", low, chance, low > chance, why if low > chance else f"not shown to be better than chance: {why}")
+
 def limit_rule(name: str, metric: str, unit: str) -> Callable[[Evaluation, Gate], Rule]:
     "A rule that a metric may not pass the limit `name` of the settings."
     def rule(e: Evaluation, gate: Gate) -> Rule:
@@ -235,6 +241,7 @@ def judge(
 ) -> list[Rule]:
     "Every rule's verdict; a number that is missing is a no."
     rules = [_ask(name, lambda rule=RULES[name]: rule(evaluation, gate), getattr(gate, name)) for name in list_rules(evaluation)]
+    if "chance" in evaluation.metrics: rules.append(_ask("better_than_chance", lambda: rule_chance(evaluation), evaluation.metrics["chance"]))
     if comparison is not None: rules.append(_ask("not_worse_than_champion", lambda: rule_champion(_got(comparison), gate), -gate.margin))
     if slices is not None:
         rules += [_ask("no_slice_shown_worse", lambda: rule_no_slice_worse(_got(slices), gate), -gate.slice_margin),

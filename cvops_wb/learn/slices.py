@@ -107,7 +107,8 @@ def measure_slices(
     masks, main, rows, offs, spreads = list_slices(members), task.main_metric, [], [], []
     for name, mask in masks.items():
         ours = [pick(values, mask) for values in (scores, targets)]
-        metrics = {k: float(v[0]) for k, v in task.measure(*ours).items()}
+        metrics = {k: float(v[0]) for k, v in task.measure(*ours).items() if math.isfinite(v[0])}
+        if main not in metrics: continue    # nothing of what the metric compares is in this slice
         weights = drawn[:, mask]
         values = np.full(len(drawn), np.nan)
         alive = weights.sum(1) > 0

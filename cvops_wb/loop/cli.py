@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
            'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
            'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export', 'status', 'lineage', 'doctor', 'clean']
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import CvopsError, WrongUsage
-from ..core.files import dump_json, human_size
+from ..core.files import dump_json
 from ..core.settings import load_settings
 from .flow import LOOP as STAGES, make_demo
 from .replies import Reply, explain, parse_stage_sets, place, run_stages, summarize
@@ -203,6 +203,7 @@ def curate(
     split: Annotated[str | None, typer.Option(help="given: as the source has it; grouped: leak-free; auto: given where there is one.")] = None,
     app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on the samples.")] = False,
     leaks: Annotated[bool, typer.Option("--leaks", help="What stands on two sides of the split, with pictures; of the newest selection.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="First take tags, labels and views that people set in the App back into the record.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """Duplicates, odd images, a leak-free split; the samples in FiftyOne.
@@ -210,23 +211,16 @@ def curate(
     \b
     cvops curate --split grouped --app
     cvops curate --leaks            what a split that others made lets through
+    cvops curate --apply --dry-run  what people did in the App: tags remove, keep, relabel:tea; labels; views
     """
-    reply = run_stages({"curate": {"split": split}, "explore": {}}, set, force, dry_run)
-    if leaks and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import report_leaks
-        found, text = report_leaks(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "curate")))
-        reply = Reply({**reply.document, "leaks": found}, f"{reply.text}\n{text}".strip())
-    if app and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import open_app
-        open_app(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "explore")))
-    return reply
+    from cvops_wb.loop.checking.curating import curate_samples
+    return curate_samples({"split": split}, set, force, dry_run, leaks, app, apply)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #03b99293
 @app.command(rich_help_panel=LOOP)
 def snapshot(
     message: Annotated[str | None, typer.Option("-m", "--message", help="What is new in this version.")] = None,
+    view: Annotated[str | None, typer.Option(help="Only the samples of a view that was saved by name in the App.")] = None,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """A version of the data under DVC, pushed to the remote.
@@ -234,7 +228,7 @@ def snapshot(
     \b
     cvops snapshot -m "aisle 4 added"
     """
-    return run_stages({"snapshot": {"message": message}}, set, force, dry_run)
+    return run_stages({"snapshot": {"message": message, "only": view}}, set, force, dry_run)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)
@@ -262,10 +256,20 @@ def train(
 def evaluate(
     candidate: Annotated[str | None, typer.Option(help="A train run; else the newest.")] = None,
     split: Annotated[str | None, typer.Option(help="test, val; auto: test where there is one.")] = None,
+    app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on its errors: boxes as patches, cells of the confusion matrix as views.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
-    """What the candidate is worth, with intervals."""
-    return run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    """What the candidate is worth, with intervals.
+
+    \b
+    cvops evaluate --app        and look at what it gets wrong
+    """
+    reply = run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    if app and not dry_run and reply.code == 0:
+        from cvops_wb.core.records import parse_record
+        from cvops_wb.data import index_errors, open_app
+        open_app(index_errors(parse_record(reply.document["stages"][-1]["record"])))
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #6fdc501d
 @app.command(rich_help_panel=LOOP)
@@ -418,57 +422,7 @@ def export(
     done = export_samples(found, out, format, all)
     return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
 
-# %% ../../nbs/api/loop/11_cli.ipynb #34e75b49
-@app.command(rich_help_panel=LOOK)
-def status(json: Json = False) -> Reply:
-    """What stands where: the newest run of each stage, the champion."""
-    from cvops_wb.loop.lineage import read_status
-    found = read_status()
-    rows = [f"  {s['stage']:<10} {s['created'][:16].replace('T', ' '):<17} {s['text']}" for s in found["stages"]]
-    best = found["champion"]
-    champion = "{name} {version}, trained by {candidate} on snapshot {snapshot}".format(**best) if best else "none yet: cvops register"
-    left = [f"  leftovers  {', '.join(found['leftovers'])}: cvops clean"] if found["leftovers"] else []
-    return Reply(found, "\n".join([found["root"], *rows, "", f"  champion   {champion}", *left]))
-
-# %% ../../nbs/api/loop/11_cli.ipynb #86d5c53e
-@app.command(rich_help_panel=LOOK)
-def lineage(
-    name: Annotated[str, typer.Argument(metavar="ID", help="A request, run, bento, version, snapshot or sample.")],
-    json: Json = False,
-) -> Reply:
-    """From a served prediction back to its model, notebook and images.
-
-    \b
-    cvops lineage classifier:1
-    cvops lineage champion
-    """
-    from cvops_wb.loop.lineage import trace
-    tree = trace(name)
-    return Reply({"tree": tree.to_dict()}, str(tree))
-
-# %% ../../nbs/api/loop/11_cli.ipynb #27a2e973
-@app.command(rich_help_panel=LOOK)
-def doctor(json: Json = False) -> Reply:
-    """What is wrong with this machine, and how to mend it."""
-    from cvops_wb.loop.doctor import check_machine
-    checks = check_machine()
-    marks = {"ok": "ok  ", "warn": "warn", "bad": "BAD "}
-    rows = [f"  {marks[c.state]} {c.name:<18} {c.text}" + (f"\n{'':<25} → {c.fix}" if c.fix else "") for c in checks]
-    counts = {state: sum(c.state == state for c in checks) for state in marks}
-    total = f"{counts['bad']} bad, {counts['warn']} to know of, {counts['ok']} well"
-    return Reply({"checks": [vars(c) for c in checks], "counts": counts}, "\n".join([*rows, "", total]), 1 if counts["bad"] else 0)
-
-# %% ../../nbs/api/loop/11_cli.ipynb #facdcbe7
-@app.command(rich_help_panel=LOOK)
-def clean(json: Json = False, dry_run: Dry = False) -> Reply:
-    """Empty the caches; never the store, never a finished run."""
-    from cvops_wb.loop.doctor import clean_caches
-    freed = clean_caches(dry_run)
-    rows = [f"  {human_size(size):>9}  {name}" for name, size in freed.items()]
-    total = f"{human_size(sum(freed.values()))} {'would be freed' if dry_run else 'freed'}"
-    return Reply({"freed": freed, "bytes": sum(freed.values())}, "\n".join([*rows, total]))
-
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
-from . import checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
+from . import overview, checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
 from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401

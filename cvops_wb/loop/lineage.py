@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['Node', 'Book', 'open_book', 'trace_run', 'list_logs', 'find_answers', 'trace_request', 'find_sample', 'trace',
-           'read_status', 'find_champion']
+           'read_status', 'read_printed', 'find_champion']
 
 # %% ../../nbs/api/loop/07_lineage.ipynb #ba42d111
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import CvopsError, UnknownName
 from ..core.records import Envelope, read_envelope
 from ..core.settings import Settings, load_settings
+from .kernels.watching import is_alive, list_running
 from .runs import describe_record, list_runs, name_record
 from .stages import list_stages
 
@@ -157,9 +161,22 @@ def _call(book: Book, envelope: Envelope) -> set[str]:
 def read_status(settings: Settings | None = None) -> dict[str, Any]:
     "The newest run of each stage, the champion, the newest snapshot, bento and drift verdict, and what lies about."
     settings = settings or load_settings()
-    left = sorted(p.name for p in settings.reports.glob("*") if p.suffix in (".part", ".failed"))
+    running = [_read_running(settings, run, note) for run, note in sorted(list_running(settings).items()) if is_alive(note["pid"])]
+    going = {f"{each['run']}.part" for each in running}
+    left = sorted(p.name for p in settings.reports.glob("*") if p.suffix in (".part", ".failed") and p.name not in going)
     stages = [_read_stage(settings, stage) for stage in list_stages(settings)]
-    return {"root": str(settings.root), "stages": stages, "champion": find_champion(settings), "leftovers": left}
+    return {"root": str(settings.root), "stages": stages, "running": running, "champion": find_champion(settings), "leftovers": left}
+
+def _read_running(settings: Settings, run: str, note: dict[str, Any]) -> dict[str, Any]:
+    try: lines = read_printed(settings.reports/f"{run}.part"/"notebook.ipynb")
+    except (OSError, ValueError, KeyError): lines = []      # it is being written, or has ended just now
+    return {"run": run, "pid": note["pid"], "seconds": round(time.time() - note["time"], 1), "text": lines[-1] if lines else ""}
+
+def read_printed(notebook: Path) -> list[str]:
+    "What the last cell that printed anything has printed, by lines."
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(output["text"]) for cell in cells for output in cell.get("outputs", ()) if output["output_type"] == "stream"]
+    return [line for line in texts[-1].splitlines() if line.strip()] if texts else []
 
 def _read_stage(settings: Settings, stage: str) -> dict[str, Any]:
     folders = list_runs(settings, stage)

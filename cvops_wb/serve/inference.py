@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Said', 'READERS', 'FIRST', 'open_session', 'count_threads', 'Answer', 'calibrate', 'spread', 'read_class',
-           'read_boxes', 'read_labels', 'read_maps', 'Classifier', 'open_onnx']
+           'read_boxes', 'read_labels', 'read_maps', 'read_heat', 'find_regions', 'Classifier', 'open_onnx']
 
 # %% ../../nbs/api/serve/02_inference.ipynb #7db15fc4
 import hashlib
@@ -109,8 +109,31 @@ def read_maps(maps: np.ndarray, model: VerifiedModel, width: int, height: int) -
     label = model.classes[best] if shares[1 + best] > 0 else "nothing"
     return label, float(shares[1 + best]), shares[1:].astype(np.float32), float(max(0., -(shares*logs).sum())/np.log(len(shares))), {"mask": {"size": mask.shape[0], "runs": runs}}
 
-READERS = {"classification": read_class, "detection": read_boxes, "multilabel": read_labels, "segmentation": read_maps}
-FIRST = {"classification": "logits", "detection": "boxes", "multilabel": "logits", "segmentation": "maps"}     # the graph's first output
+def read_heat(heat: np.ndarray, model: VerifiedModel, width: int, height: int) -> Said:
+    "How far from good, (H, W); the regions above the threshold, which is one half, are told as objects, the strangest first."
+    scaled = heat.astype(np.float64)/(heat + model.temperature)
+    p, grow = float(scaled.max()), np.array([width/heat.shape[1], height/heat.shape[0]]*2)
+    q = float(np.clip(p, 1e-9, 1 - 1e-9))
+    told = [{"label": model.classes[1], "score": round(float(scaled[part].max()), 6), "box": np.round(_frame(part)*grow, 2).tolist()} for part in find_regions(scaled >= .5)]
+    said = model.classes[int(p >= .5)], max(p, 1 - p), np.array([1 - p, p], np.float32), float(-(q*np.log2(q) + (1 - q)*np.log2(1 - q)))
+    return *said, {"objects": sorted(told, key=lambda each: -each["score"])}
+
+def find_regions(hot: np.ndarray) -> list[np.ndarray]:
+    "Masks of the connected regions of a mask (H, W); corners connect."
+    names, before = np.where(hot, np.arange(1, hot.size + 1).reshape(hot.shape), 0), None
+    while before is None or (names != before).any():
+        before, wide = names, np.pad(names, 1)
+        near = [wide[y:y + hot.shape[0], x:x + hot.shape[1]] for y in range(3) for x in range(3)]
+        names = np.where(hot, np.maximum.reduce(near), 0)
+    return [names == name for name in np.unique(names[hot])]
+
+def _frame(part: np.ndarray) -> np.ndarray:
+    "x1 y1 x2 y2 of a mask, in cells."
+    y, x = np.nonzero(part)
+    return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1], float)
+
+READERS = {"classification": read_class, "detection": read_boxes, "multilabel": read_labels, "segmentation": read_maps, "anomaly": read_heat}
+FIRST = {"classification": "logits", "detection": "boxes", "multilabel": "logits", "segmentation": "maps", "anomaly": "heat"}     # the graph's first output
 
 # %% ../../nbs/api/serve/02_inference.ipynb #cb3075ec
 class Classifier:
@@ -175,7 +198,7 @@ def open_onnx(model: VerifiedModel, threads: int) -> Any:
         taken = session.get_inputs()[0].shape[0]    # some detectors take one image at a time
         found = session.run([FIRST[task], "embedding"], {"images": np.zeros((taken if isinstance(taken, int) else 2, size, size, 3), np.uint8)})
     except (*broken, ValueError) as e: raise spoilt(path, f"ONNX Runtime does not run it: {str(e).splitlines()[0][:200]}") from e
-    shapes, wanted = [part.shape for part in found], {"boxes": (None, 6), "logits": (count,), "maps": (count + 1, size, size)}[FIRST[task]]
+    shapes, wanted = [part.shape for part in found], {"boxes": (None, 6), "logits": (count,), "maps": (count + 1, size, size), "heat": (min(64, size//4),)*2}[FIRST[task]]
     right = len(shapes[0]) == 1 + len(wanted) and all(want in (None, got) for got, want in zip(shapes[0][1:], wanted))
     if not right or len(shapes[1]) != 2 or shapes[0][0] != shapes[1][0]:
         raise spoilt(path, f"{FIRST[task]} and embedding of some images have the shapes {shapes}, wanted (N, {', '.join(str(w or 'M') for w in wanted)}) and (N, D)")

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.drawing import escape
 from ..core.files import human_size
-from .limits import RAW_TYPES
+from .limits import IMAGES, RAW_TYPES
 from .protocols import describe_paths
 
 # %% ../../nbs/api/serve/05_pages.ipynb #b3e110e7
@@ -42,7 +42,7 @@ def make_page(title: str, style: str, content: str, script: str = "") -> Page:
     body = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{title}</title><link rel="icon" href="{icon}"><style>{style}</style></head>'
             f'<body>{content}{f"<script>{script}</script>" if script else ""}</body></html>')
-    scripts = f"script-src {_hash(script)}; connect-src 'self'" if script else "script-src 'none'"
+    scripts = f"script-src {_hash(script)}; connect-src 'self' blob:" if script else "script-src 'none'"
     closed = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return Page(body.encode(), f"default-src 'none'; style-src {_hash(style)}; {scripts}; img-src blob: data:; {closed}")
 
@@ -91,6 +91,10 @@ transition:border-color .15s,background .15s;width:100%;color:inherit;font:inher
 .row i{font-style:normal;text-align:right;white-space:nowrap;color:var(--soft);font-variant-numeric:tabular-nums}
 .bar{grid-column:1/3;height:7px;border-radius:4px;background:var(--code);overflow:hidden}
 .bar div{height:100%;background:var(--blue);border-radius:4px;transition:width .3s}
+#ask{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center;margin-top:16px;font-size:14px;color:var(--soft)}
+#ask button,#ask select{font:inherit;color:var(--ink);background:var(--code);border:1px solid var(--line);border-radius:8px;padding:5px 12px;cursor:pointer;max-width:170px}
+#ask button:hover,#ask select:hover{border-color:var(--blue)}
+#told{color:var(--green)}
 #foot{border-top:1px solid var(--line);margin-top:18px;padding-top:12px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
 #error{margin-top:20px;padding:16px 20px;border-radius:12px;background:var(--rose);color:var(--red)}
 #error[hidden],#token[hidden]{display:none}
@@ -104,7 +108,7 @@ transition:border-color .15s,background .15s;width:100%;color:inherit;font:inher
 @media (max-width:640px){#answer{grid-template-columns:1fr}main{padding-top:24px}}
 """
 
-# %% ../../nbs/api/serve/05_pages.ipynb #28833b34
+# %% ../../nbs/api/serve/05_pages.ipynb #3408b3ae
 DROP_SCRIPT = """
 const $ = id => document.getElementById(id), drop = $('drop'), input = $('file');
 let token = '';
@@ -129,6 +133,7 @@ function show(url, said, seconds) {
   $('bars').replaceChildren(...said.top.map(bar));
   const times = `${said.latency_ms.toFixed(1)} ms in the service, ${(1000*seconds).toFixed(0)} ms here`;
   $('foot').replaceChildren(text('span', `version ${said.version} \\u00b7 ${times} \\u00b7 request `), text('code', said.request_id));
+  shown = {url, said}; $('why').textContent = 'Why?'; $('told').textContent = ''; $('truth').value = '';
 }
 function outline(url, objects) {
   if (!objects.length) return;
@@ -166,12 +171,37 @@ async function ask(file) {
   finally { drop.removeAttribute('aria-busy'); input.value = ''; }
 }
 drop.onclick = () => input.click();
-input.onchange = () => ask(input.files[0]);
+const askAll = async files => { for (const file of [...files].slice(0, 8)) await ask(file); };
+input.onchange = () => askAll(input.files);
 $('token').onsubmit = e => { e.preventDefault(); token = $('secret').value.trim(); $('error').hidden = $('token').hidden = true; };
 for (const name of ['dragenter', 'dragover']) addEventListener(name, e => { e.preventDefault(); drop.classList.add('over'); });
 for (const name of ['dragleave', 'drop']) addEventListener(name, e => { e.preventDefault(); drop.classList.remove('over'); });
-addEventListener('drop', e => ask(e.dataTransfer.files[0]));
+addEventListener('drop', e => askAll(e.dataTransfer.files));
 addEventListener('paste', e => ask([...e.clipboardData.files][0]));
+"""
+
+# %% ../../nbs/api/serve/05_pages.ipynb #919a3843
+DROP_SCRIPT += """
+let shown = null;
+const allowed = () => token ? {authorization: 'Bearer ' + token} : {};
+$('why').onclick = async () => {
+  const {url, said} = shown, plain = $('why').textContent !== 'Why?';
+  if (plain) { $('why').textContent = 'Why?'; $('photo').src = url; return outline(url, said.objects || []); }
+  $('why').textContent = 'Looking \\u2026'; $('why').disabled = true;
+  try {
+    const label = said.scores[said.label] === undefined ? '' : '&label=' + encodeURIComponent(said.label);
+    const reply = await fetch(`explain?version=${said.version}${label}`, {method: 'POST', body: await (await fetch(url)).blob(), headers: {'content-type': 'application/octet-stream', ...allowed()}});
+    if (shown.url !== url) return;
+    if (!reply.ok) { $('told').textContent = (await reply.json()).error; $('why').textContent = 'Why?'; return; }
+    $('photo').src = URL.createObjectURL(await reply.blob()); $('why').textContent = 'Show the photograph';
+  } catch (e) { $('told').textContent = 'The service does not answer.'; $('why').textContent = 'Why?'; }
+  finally { $('why').disabled = false; }
+};
+$('truth').onchange = async () => {
+  const body = JSON.stringify({request_id: shown.said.request_id, label: $('truth').value});
+  try { const reply = await fetch('feedback', {method: 'POST', body, headers: {'content-type': 'application/json', ...allowed()}}); $('told').textContent = reply.ok ? 'Noted. Thank you.' : (await reply.json()).error; }
+  catch (e) { $('told').textContent = 'The service does not answer.'; }
+};
 """
 
 # %% ../../nbs/api/serve/05_pages.ipynb #a3f603dd
@@ -184,36 +214,54 @@ def make_drop_page(facts: Facts) -> Page:
     head = (f'<header><h1>{name}</h1><span class="soft">version {facts.version} · {len(facts.classes)} classes · '
             f'<span class="mono">{model}</span> · <a href="docs">documentation</a></span></header>')
     drop = (f'<button id="drop">{PICTURE}<b>Drop a photograph here</b><span class="soft">or click to choose one, or paste it · JPEG, PNG or WebP, '
-            f'up to {most}</span></button><input id="file" type="file" accept="image/jpeg,image/png,image/webp" hidden>')
+            f'up to {most}</span></button><input id="file" type="file" accept="image/jpeg,image/png,image/webp" multiple hidden>')
+    known = "".join(f'<option>{escape(label)}</option>' for label in facts.classes)
     answer = ('<div id="error" role="alert" hidden></div><form id="token" hidden>'
               '<input id="secret" type="password" autocomplete="off" placeholder="token" aria-label="token"></form>'
               '<section id="answer" class="card" aria-live="polite" hidden><img id="photo" alt=""><div id="said"><div id="label"></div>'
-              '<div id="sure"></div><div id="bars"></div><div id="foot"></div></div></section><div id="past"></div>')
+              '<div id="sure"></div><div id="bars"></div>'
+              f'<div id="ask"><button id="why">Why?</button><label>It shows <select id="truth"><option value="">…</option>{known}</select></label>'
+              '<span id="told" role="status"></span></div><div id="foot"></div></div></section><div id="past"></div>')
     return make_page(name, DROP_STYLE, f"<main>{head}{drop}{answer}</main>", DROP_SCRIPT)
 
-# %% ../../nbs/api/serve/05_pages.ipynb #7e7c6c4a
+# %% ../../nbs/api/serve/05_pages.ipynb #d3c023d7
 def describe_api(facts: Facts) -> dict[str, Any]:
     "The service as an OpenAPI 3.1 document."
-    paths = {"/predict": {"post": _describe_predict(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}, **describe_paths()}
+    paths = {"/predict": {"post": _describe_predict(facts)}, "/predict/batch": {"post": _describe_batch(facts)}, "/explain": {"post": _describe_explain(facts)}, "/feedback": {"post": _describe_feedback()}, **{path: {"get": _describe_get(path, *words)} for path, words in ROUTES.items()}, **describe_paths()}
     info = {"title": facts.service, "version": str(facts.version), "description": f"{len(facts.classes)} classes; model {facts.model}."}
     components = {"schemas": SCHEMAS, **({"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}} if facts.token else {})}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": components, **({"security": [{"token": []}]} if facts.token else {})}
 
 def _describe_predict(facts: Facts) -> dict[str, Any]:
-    limits = f"at most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels, JPEG, PNG or WebP."
-    form = {"schema": {"type": "object", "required": ["file"], "properties": {"file": _binary}}}
-    named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
-    return {"summary": "What is in this photograph?", "operationId": "predict",
-            "description": f"One image, as a form field `file` or as the raw body; {limits}",
-            "parameters": [_header("X-Request-Id", named, "^[A-Za-z0-9._-]{1,64}$"), _header("X-Camera", "Where the image comes from; for the log."),
-                           _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept."),
-                           {"name": "version", "in": "query", "required": False, "description": "Ask this registered version.", "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}}],
-            "requestBody": {"required": True, "content": {"multipart/form-data": form, **{kind: {"schema": _binary} for kind in sorted(RAW_TYPES)}}},
-            "responses": {"200": _reply("The answer", "Answer"), **{status: _reply(what, "Refusal") for status, what in REFUSALS.items()}}}
+    return _describe_upload(facts, "predict", "What is in this photograph?", "One image, as a form field `file`, as Base64 in JSON, or as the raw body. Several images are answered as `/predict/batch` answers them.",
+                            _reply("The answer, or those to several images", "Answer", "Answers"))
 
+def _describe_batch(facts: Facts) -> dict[str, Any]:
+    return _describe_upload(facts, "predict_batch", "What is in these photographs?", f"Up to {IMAGES} images, as files of one form or as Base64 in JSON, twice the bytes of one between them. "
+                            "Each is answered or refused for itself.", _reply("An answer, or a refusal, for each image in its place", "Answers"))
+
+def _describe_explain(facts: Facts) -> dict[str, Any]:
+    picture = {"description": "A PNG: what carries the score is in colour. Its label is in `X-Label`, percent-encoded, its version in `X-Version`.",
+               "content": {"image/png": {"schema": _binary}}}
+    label = {"name": "label", "in": "query", "required": False, "description": "Explain this class and not the one that was answered.", "schema": {"type": "string"}}
+    said = "One image. One place after another is covered, and the model asked again (occlusion; Zeiler and Fergus 2014): 65 inferences, for one request at a time."
+    return _describe_upload(facts, "explain", "Where in the photograph does the answer come from?", said, picture, label)
+
+# %% ../../nbs/api/serve/05_pages.ipynb #1e9e1f15
+def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
+    limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, JPEG, PNG or WebP."
+    named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
+    about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept.")]
+    return {"summary": summary, "operationId": name, "description": f"{description} {limits}",
+            "parameters": [_header("X-Request-Id", named, "^[A-Za-z0-9._-]{1,64}$"), *(about if name != "explain" else ()), *more,
+                           {"name": "version", "in": "query", "required": False, "description": "Ask this registered version.", "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}}],
+            "requestBody": {"required": True, "content": {"multipart/form-data": _form, "application/json": _encoded, **{kind: {"schema": _binary} for kind in sorted(RAW_TYPES)}}},
+            "responses": {"200": answer, **{status: _reply(what, "Refusal") for status, what in REFUSALS.items()}}}
+
+# %% ../../nbs/api/serve/05_pages.ipynb #ca44851f
 def _describe_feedback() -> dict[str, Any]:
     body = {"type": "object", "required": ["request_id", "label"], "properties": {
-        "request_id": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$", "description": "Of the answer."},
+        "request_id": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,68}$", "description": "Of the answer."},
         "label": {"type": "string", "minLength": 1, "maxLength": 200, "pattern": "\\S", "description": "What the photograph shows."}}}
     noted = {"type": "object", "properties": {"noted": {"type": "boolean"}, "request_id": {"type": "string"}}}
     refused = {status: _reply(REFUSALS[status], "Refusal") for status in ("400", "401", "403", "408", "413", "415")}
@@ -229,8 +277,9 @@ def _header(name: str, what: str, pattern: str = "") -> dict[str, Any]:
     schema = {"type": "string", **({"pattern": pattern} if pattern else {})}
     return {"name": name, "in": "header", "required": False, "description": what, "schema": schema}
 
-def _reply(what: str, schema: str) -> dict[str, Any]:
-    return {"description": what, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}
+def _reply(what: str, *schemas: str) -> dict[str, Any]:
+    known = [{"$ref": f"#/components/schemas/{schema}"} for schema in schemas]
+    return {"description": what, "content": {"application/json": {"schema": known[0] if len(known) == 1 else {"anyOf": known}}}}
 
 # %% ../../nbs/api/serve/05_pages.ipynb #2050c001
 ROUTES = {
@@ -240,13 +289,19 @@ ROUTES = {
     "/metrics": ("Counters and latencies for Prometheus, over all workers", "text/plain"),
 }
 REFUSALS = {
-    "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `cut_off`, `bad_feedback`", "401": "A valid token is missing: `token`",
-    "403": "Only this machine may ask: `not_loopback`, `other_origin`", "408": "The upload took too long: `slow`",
+    "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `bad_json`, `no_image`, `bad_base64`, `too_many_images`, `no_label`, `bad_version`, `cut_off`, `bad_feedback`", "401": "A valid token is missing: `token`",
+    "403": "Only this machine may ask: `not_loopback`, `other_origin`", "404": "No such version: `no_version`", "408": "The upload took too long: `slow`",
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
     "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",
     "429": "Too many at once; come again after `Retry-After` seconds: `busy`",
+    "504": "The answer took longer than the service allows: `timeout`",
 }
 _binary = {"type": "string", "format": "binary"}
+_files = {"type": "array", "items": _binary, "maxItems": IMAGES}
+_form = {"schema": {"type": "object", "properties": {"file": {"anyOf": [_binary, _files]}}, "required": ["file"]}}
+_text = {"type": "string", "contentEncoding": "base64", "description": "the bytes of a file, as Base64"}
+_encoded = {"schema": {"type": "object", "properties": {"image": _text, "images": {"type": "array", "items": _text, "minItems": 1, "maxItems": IMAGES}},
+                       "anyOf": [{"required": ["image"]}, {"required": ["images"]}]}}
 
 def _fields(**kinds: tuple[str, str]) -> dict[str, Any]:
     return {name: {**({"type": kind} if kind else {}), "description": what} for name, (kind, what) in kinds.items()}
@@ -262,7 +317,10 @@ ANSWER = _fields(
 REFUSAL = _fields(error=("string", "what happened"), reason=("string", "the same as a code"), fix=("", "what to do, or null"),
                   request_id=("string", "of this request"))
 SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask")], "properties": ANSWER},
-           "Refusal": {"type": "object", "required": list(REFUSAL), "properties": REFUSAL}}
+           "Refusal": {"type": "object", "required": list(REFUSAL), "properties": REFUSAL},
+           "Answers": {"type": "object", "required": ["answers", "request_id", "time"], "properties": {
+               "answers": {"type": "array", "items": {"anyOf": [{"$ref": "#/components/schemas/Answer"}, {"$ref": "#/components/schemas/Refusal"}]}},
+               "request_id": {"type": "string"}, "time": {"type": "string"}}}}
 
 # %% ../../nbs/api/serve/05_pages.ipynb #d792aee9
 DOCS_STYLE = STYLE + """
@@ -284,7 +342,10 @@ def make_docs_page(facts: Facts) -> Page:
     "The documentation as one page, drawn from the OpenAPI document."
     api = describe_api(facts)
     secret = ' -H "Authorization: Bearer $CVOPS_TOKEN"' if facts.token else ""
-    curl = f"curl -F file=@photo.jpg{secret} http://127.0.0.1:3000/predict"
+    at = "http://127.0.0.1:3000"
+    curl = "\n".join([f"curl -F file=@photo.jpg{secret} {at}/predict", f"curl -F file=@one.jpg -F file=@two.jpg{secret} {at}/predict/batch",
+                      f"curl -F file=@photo.jpg{secret} {at}/explain -o why.png",
+                      f"""curl -H 'Content-Type: application/json' -d '{{"request_id": "…", "label": "…"}}'{secret} {at}/feedback"""])
     python = 'from cvops_wb.serve import Client\n\n' \
              'answer = Client("http://127.0.0.1:3000").predict("photo.jpg")\nanswer["label"], answer["confidence"]'
     head = (f'<header><h1>{escape(facts.service)}</h1><span class="soft">version {facts.version} · <a href="./">drop a photograph</a> · '

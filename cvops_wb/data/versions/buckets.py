@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...core.errors import NoRoom, ToolFailed
-from ...core.files import sync_folder
+from ...core.files import name_part, sync_folder
 from ..formats.remotes import open_remote
 
 # %% ../../../nbs/api/data/versions/12_buckets.ipynb #3947aa32
@@ -47,7 +47,7 @@ class Bucket:
     def fetch(self, md5: str, target: Path) -> bool:
         "Bring an object, hashed and durable before it has its name; False if it is not there or damaged."
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        part = name_part(target)
         try:
             with self._explaining(): self.system.get_file(self.name(md5), str(part))
             with open(part, "rb") as file:

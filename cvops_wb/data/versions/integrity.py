@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ...core.errors import BadInput, NoRoom
-from ...core.files import hash_file, join_within
+from ...core.files import hash_file, join_within, name_part
 from ...core.records import Snapshot
 from ...core.settings import Settings, load_settings
 from ..snapshots import digest_table, find_snapshot, locked, make_current
@@ -56,7 +56,7 @@ def _is_content_named(name: str) -> bool: return name.startswith(("shards/", "sa
 def _link(source: Path, place: Path) -> None:
     "The object under its name, whole or not at all: a hard link where the disk has them, else a copy."
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part = name_part(place)
     part.unlink(missing_ok=True)
     try:
         try: os.link(source, part)

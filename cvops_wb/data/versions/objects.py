@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ...core.errors import BadRecord, NoRoom, ToolFailed
+from ...core.files import name_part
 from ...core.settings import Settings
 from .buckets import Bucket
 
@@ -91,7 +92,7 @@ def copy_object(source: Path, target: Path, md5: str) -> bool:
     "Copy an object, hashed and durable before it has its name; False if the source is not there or damaged."
     if not source.is_file(): return False
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = name_part(target)
     try:
         shutil.copyfile(source, part)
         if not matches(part, md5): return False

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ...core.errors import BadRecord, NoRoom, ToolFailed
-from ...core.files import sync_folder, write_atomic
+from ...core.files import name_part, sync_folder, write_atomic
 from ...core.processes import call
 from ...core.settings import Settings
 from ..shards import AHEAD, recall_hash
@@ -70,7 +70,7 @@ def _hash(path: Path) -> str:
 
 def _link(path: Path, place: Path, sync: bool) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{os.getpid()}.part")
+    part = name_part(place)
     part.unlink(missing_ok=True)
     path.chmod(0o444)       # it is shared with the cache: to be replaced, never edited
     try:

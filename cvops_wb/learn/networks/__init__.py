@@ -115,7 +115,7 @@ def build_network(
     try: network = maker(variant, classes=classes, size=size, weights="" if _is_file(weights) else weights)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:     # torchvision asserts
         raise CvopsError(f"the network {name!r} cannot be built", got=e, fix="another size, or another network") from e
-    if _is_file(weights): load_weights(network, weights)
+    if _is_file(weights): load_weights(getattr(network, "eye", network), weights)    # a memory's weights are those of what it looks with
     return network
 
 def make_embedder(name: str, weights: str = "") -> Any:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTE', 'WORD', 'TimedOut', 'OutOfMemory', 'DeadKernel', 'Cancelled', 'measure_memory', 'count_kills', 'Watch',
-           'list_running', 'read_note', 'cancel_run', 'clear_left']
+           'list_running', 'read_note', 'cancel_run', 'is_alive', 'clear_left']
 
 # %% ../../../nbs/api/loop/kernels/02_watching.ipynb #dc02e6c1
 import json
@@ -118,11 +118,12 @@ def cancel_run(
     part = settings.reports/f"{named[0]}.part"
     (part/WORD).touch()
     deadline = time.monotonic() + patience
-    while (part/NOTE).exists() and time.monotonic() < deadline and _is_alive(running[named[0]]["pid"]): time.sleep(.05)
+    while (part/NOTE).exists() and time.monotonic() < deadline and is_alive(running[named[0]]["pid"]): time.sleep(.05)
     if (part/NOTE).exists(): clear_left(part)
     return named[0]
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    "Whether a process is there and has not ended."
     import psutil
     try: return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error: return False
