@@ -10,7 +10,7 @@ WINGS = ["core", "data", "label", "learn", "serve", "watch", "loop"]
 OWNERS = {
     "fiftyone": {"data"}, "dvc": {"data"}, "faiss": {"data"}, "sqlite3": {"data"}, "cv2": {"data"}, "numba": {"data"}, "watchfiles": {"data"},
     "label_studio_sdk": {"label"}, "cleanlab": {"label"},
-    "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
+    "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "lightning_fabric": {"learn"}, "timm": {"learn"}, "wandb": {"learn"}, "clearml": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
     "bentoml": {"serve"}, "starlette": {"serve"}, "prometheus_client": {"serve"}, "onnxruntime": {"learn", "serve"},
     "opentelemetry": {"serve"}, "model_signing": {"serve"}, "cyclonedx": {"serve"}, "psycopg": {"serve"}, "grafana_foundation_sdk": {"watch"}, "apprise": {"watch"},
     "evidently": {"watch"}, "whylogs": {"watch"}, "ipywidgets": {"watch"}, "voila": {"watch"},

@@ -110,6 +110,28 @@ def test_the_same_seed_gives_the_same_model(shelf):
     assert first.manifest_sha256 == same.manifest_sha256 != other.manifest_sha256 and first.metrics == same.metrics
 
 
+def test_cut_off_it_goes_on(shelf, monkeypatch, capsys):
+    "The stage itself, cut off at its eleventh step and called again: the same manifest, the whole history, and no checkpoint left."
+    settings, snapshot = shelf
+    spec, steps = replace(TINY, epochs=4, seed=5), []
+    whole = train(snapshot, spec, room(settings, "train-whole"))
+    from cvops_wb.learn.fitting import Step
+    take = Step.take
+    def stop(self, index, progress):
+        steps.append(progress)
+        if len(steps) == 11: raise KeyboardInterrupt
+        return take(self, index, progress)
+    monkeypatch.setenv("CVOPS_TRAIN_CHECKPOINT", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "take", stop)
+        with pytest.raises(KeyboardInterrupt): train(snapshot, spec, room(settings, "train-cut"))
+    assert len(list((settings.cache/"checkpoints").glob("*.safetensors"))) == 1
+    again = train(snapshot, spec, room(settings, "train-cut"))
+    assert again.manifest_sha256 == whole.manifest_sha256 and again.metrics == whole.metrics and "goes on in epoch" in capsys.readouterr().out
+    tables = [pd.read_csv(settings.reports/run/"history.csv")[["epoch", "loss", "val_accuracy"]] for run in ("train-whole", "train-cut")]
+    assert tables[0].equals(tables[1]) and not list((settings.cache/"checkpoints").iterdir())
+
+
 def test_pixels_are_those_of_the_service(shelf):
     "What evaluation feeds the model is what `resize_image(decode_image(bytes))` gives in service."
     from cvops_wb.data import decode_image, resize_image
@@ -129,7 +151,7 @@ def test_torchvision_trains_too(shelf):
 
 @pytest.mark.parametrize("change, error, message", [
     ({"epochs": -1}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
-    ({"lr": float("nan")}, WrongUsage, "lr"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
+    ({"lr": float("nan")}, WrongUsage, "lr"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
     ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"), ({"lr": 1e30}, Diverged, "smaller lr"),
 ])
 def test_what_cannot_be_trained(shelf, change, error, message):

@@ -283,6 +283,25 @@ def test_a_new_controller_knows_what_the_old_one_knew(tmp_path):
     with alone(tmp_path/"rollout"), pytest.raises(WrongUsage, match="another controller"): other.watch()
 
 
+def test_controllers_that_die_young_get_on_together(tmp_path):
+    "Each lives for one look: what its predecessors saw in this step counts, and what was seen before it does not."
+    spec, log, rng, steps = RolloutSpec(step_seconds=0., step_pairs=40), tmp_path/"log", np.random.default_rng(9), []
+    RolloutFile(tmp_path/"rollout").start(ARMS[0], ARMS[1], "r1", (.05, .5))
+    log.mkdir()
+    time.sleep(1.1)     # the file's times are whole seconds
+    for k in range(6):
+        with open(log/"20260101T000000-0-1.jsonl", "a") as file:
+            for n in range(10):
+                for arm in (BASELINE, CHALLENGER):
+                    when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{n:03}Z"
+                    file.write(json.dumps({"request_id": f"{k} {n} {arm}", "time": when, "arm": f"r1:{arm}", "failed": 0, "latency_ms": rng.lognormal(2, .3)}) + "\n")
+        steps.append(Controller(tmp_path/"rollout", log, spec).tick().step)
+    assert steps == [0, 0, 0, 1, 1, 1]      # 40 pairs, ten at each look
+    other = Controller(tmp_path/"rollout", log, spec)
+    other.tick()
+    assert other.at_change >= 40 and other.evidence.pairs == 60
+
+
 def test_rows_survive_their_segment_becoming_a_table(tmp_path):
     import pandas as pd
     write_rows(tmp_path, "r1", 5, np.random.default_rng(5))

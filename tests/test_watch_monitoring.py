@@ -1,5 +1,7 @@
 "The stage: a version's newest predictions against the reference that the version carries."
 import json
+import os
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ from watch_bench import make_bento, write_log
 from cvops_wb.core.errors import BadInput, BadModel
 from cvops_wb.core.files import dump_json
 from cvops_wb.core.records import parse_record
+from cvops_wb.serve.rollouts.states import end
 from cvops_wb.watch import MonitorSpec, draw_columns, draw_timeline, monitor, read_drift_state
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.monitoring import trace_column
@@ -72,6 +75,26 @@ def test_other_versions_in_between(workbench, bento, out):
     assert rows["time"].is_monotonic_increasing and rows["time"].max() < "2026-03-02T20"
 
 
+def test_a_long_log_of_another_version_is_not_read_whole(workbench, bento, out, monkeypatch):
+    "What a look costs is bounded, however long the log is: neither the window nor the first look of the watcher goes further back."
+    import cvops_wb.serve.predictions as predictions
+    from cvops_wb.watch import monitoring
+    from cvops_wb.watch.verdicts import followers
+    write_log(workbench.root/LOG, make_window(60, seed=5))
+    for k in range(12): write_log(workbench.root/LOG, make_window(50, seed=k, start=f"2026-03-03T{8 + k:02}:00:00").assign(version=2))
+    write_log(workbench.root/LOG, make_window(40, seed=6, start="2026-03-03T21:00:00"))
+    for path in (workbench.root/LOG).glob("*.jsonl"):       # a segment was touched when its last row came
+        when = pd.Timestamp(json.loads(path.read_bytes().splitlines()[-1])["time"]).timestamp()
+        os.utime(path, (when, when))
+    read, real = [], predictions.read_segment
+    for room in (predictions, followers): monkeypatch.setattr(room, "read_segment", lambda stem: read.append(stem.name) or real(stem))
+    for room in (monitoring, followers): monkeypatch.setattr(room, "REACH", 130)
+    window = monitor(LOG, bento, MonitorSpec(newest=100, report=False), out)
+    assert window.count == 40 and len(set(read)) <= 5      # 40 of ours, 50 and 50: enough was looked through
+    monkeypatch.setattr(monitoring, "REACH", 10**6)
+    assert len(monitoring.take_window(LOG, 1, 100, 30)) == 100 and len(set(read)) == 14
+
+
 @pytest.mark.parametrize("rows, words", [
     (None, "nothing has been predicted"), (make_window(12), "too few"), (make_window(50).assign(version=7), "version 1 has predicted nothing"),
 ])
@@ -79,6 +102,34 @@ def test_nothing_to_judge(workbench, bento, out, rows, words):
     if rows is not None: write_log(workbench.root/LOG, rows)
     with pytest.raises(BadInput, match=words) as caught: monitor(LOG, bento, QUICK, out)
     assert caught.value.fix and list(out.iterdir()) == []
+
+
+def test_who_was_promoted_is_watched(workbench, bento, out):
+    "After a rollout the version that answers is watched against its own reference; a package that is named, or was made later, by itself."
+    from watch_bench import write_model
+
+    from cvops_wb.serve import Arm, RolloutFile
+    from cvops_wb.watch import find_answering
+    digest = write_model(workbench.root/"data/registry/x/2", make_window(300, seed=8))
+    write_log(workbench.root/LOG, make_window(60, seed=5))
+    write_log(workbench.root/LOG, make_window(80, seed=6, start="2026-03-03T08:00:00").assign(version=2))
+    assert monitor(LOG, bento, QUICK, out).version == 1
+    file = RolloutFile(workbench.store/"rollout")
+    file.start(Arm(1, bento.path, bento.manifest_sha256), Arm(2, "data/registry/x/2", digest), "r")
+    assert find_answering(bento) == bento       # not yet
+    file.promote("better")
+    window = monitor(LOG, bento, QUICK, out)
+    assert (window.version, window.count) == (2, 80) and read_drift_state(2).version == 2 and not window.drifted
+    assert monitor(LOG, bento, replace(QUICK, follow=False), out).version == 1
+    file.abort("it broke")
+    assert find_answering(bento) == bento
+    card = next((workbench.root/bento.path).rglob("src"))/"service.json"
+    card.write_text("{}")
+    file.start(Arm(1, bento.path, bento.manifest_sha256), Arm(2, "data/registry/x/2", digest), "r2")
+    file.promote("better")
+    file.change(end)
+    os.utime(card, (4e9, 4e9))
+    assert find_answering(bento) == bento       # a package was made since
 
 
 def test_a_version_without_reference(workbench, bento, out):

@@ -138,3 +138,60 @@ def test_its_verdict_is_not_hasty():
     rng = np.random.default_rng(0)
     draws = [(pd.Series(rng.choice(4, 400)), pd.Series(rng.choice(4, 1500))) for _ in range(200)]
     assert sum(judge_categories(*pair, None, .01)[1] for pair in draws) <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_hundred_hostile_strings_on_every_page_in_a_browser(workbench, tmp_path, monkeypatch):
+    "Class names, cameras, reasons, messages: all hundred on the workbench's page, the service's, its mail edition, a rollout's and a verdict's, and none of them runs."
+    import time
+    from dataclasses import replace
+
+    import numpy as np
+    from playwright.sync_api import sync_playwright
+    from test_watch_live import plant, write_rows
+    from watch_bench import fill_bench
+
+    from cvops_wb.serve import Arm, RolloutFile
+    from cvops_wb.watch import (
+        read_glance,
+        read_rollout,
+        read_state,
+        render_front,
+        render_page,
+        render_rollout,
+        write_mail,
+    )
+    from cvops_wb.watch.verdicts import Cause, DriftState, Estimate, render_sheet
+    quarters = ["".join(HUNDRED[k::4]) for k in range(4)]
+    pages = {}
+    monkeypatch.setattr("test_watch_live.fill_bench", lambda settings: fill_bench(settings, names=tuple(quarters)))
+    state = plant(workbench, tuple(quarter[:110] for quarter in quarters[:2]), quarters[2])
+    pages["workbench"] = render_page(read_state(workbench), "/results")
+    for name in HUNDRED[:8]: write_rows(workbench.store/"predictions", time.time() - 900 + np.arange(20.)*10, 1, name[:120])
+    glance = read_glance(workbench)
+    pages["service"] = render_front(replace(glance, drift=replace(state, notes=tuple(HUNDRED), cameras=dict.fromkeys(HUNDRED, 1.)), problems=dict.fromkeys(HUNDRED, quarters[3])))
+    pages["mail"] = write_mail(tmp_path/"mail.html", settings=workbench).read_text()
+    file = RolloutFile(workbench.store/"rollout")
+    file.start(Arm(1, HUNDRED[0], "a"*64), Arm(2, HUNDRED[1], "b"*64), "r<script>window.hacked=1</script>")
+    for reason in quarters[:2]:
+        file.abort(reason)
+        file.start(Arm(1, "", "a"*64), Arm(2, "", "b"*64), "r2")
+    file.promote(quarters[2])
+    pages["rollout"] = render_rollout(read_rollout(workbench))
+    pages["damaged rollout"] = render_rollout(replace(read_rollout(workbench), problem=quarters[3]))
+    causes = tuple(Cause("images", name, f"{name}: darker by 40 %", name, 2., -.4, .5, name, (name,)) for name in HUNDRED)
+    pages["verdict"] = render_sheet(DriftState(1, HUNDRED[0], HUNDRED[1], 100, True, 2., .5, HUNDRED[2], causes, dict.fromkeys(HUNDRED, 1.), tuple(HUNDRED), Estimate(.9, .8, 1., known=False, why=HUNDRED[3])), {}, {}, HUNDRED[4])
+    assert {name: find_raw(page) for name, page in pages.items() if find_raw(page)} == {}
+    assert find_raw(pages["workbench"] + quarters[0])       # planted: it would be seen
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--disable-quic"])
+        for name, page in pages.items():
+            path, asked = tmp_path/f"{name}.html", []
+            path.write_text(page if page.lstrip().lower().startswith("<!doctype") else f"<!doctype html><meta charset=utf-8><body>{page}")
+            tab = browser.new_page()
+            tab.on("request", lambda request, asked=asked: asked.append(request.url))
+            tab.goto(path.as_uri())
+            assert tab.evaluate("window.hacked ?? 0") == 0 and [url for url in asked if not url.startswith(("file:", "data:"))] == [], name
+            assert "window.hacked" in tab.inner_text("body") or name in ("workbench", "mail"), name     # the text is there, as text
+        browser.close()

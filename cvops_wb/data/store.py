@@ -17,21 +17,23 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, BadRecord, CvopsError, NoRoom
-from ..core.files import sync_folder, write_atomic
+from ..core.files import dump_json, sync_folder, write_atomic
 from ..core.places import locate
 from ..core.records import ADDED_COLUMNS, SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .images import ImageFacts
+from .near.kept import THUMBS, Keeper
 from .shards import AHEAD, Prepacker, find_packed
 from .versions.events import list_forgotten
 
@@ -39,6 +41,7 @@ from .versions.events import list_forgotten
 def write_samples(
     table: pd.DataFrame,    # one row a sample, columns of `SAMPLE_COLUMNS`
     path: Path | str,
+    views: Mapping[str, Any] | None = None,     # saved views that belong to it, see data/versions/decisions
 ) -> Path:
     "Write a sample table; `BadInput` if a column is missing, unknown or of the wrong type."
     import pyarrow as pa
@@ -47,8 +50,8 @@ def write_samples(
     schema = pa.schema([(name, kinds[kind]) for name, kind in SAMPLE_COLUMNS.items()])
     if set(table.columns) != set(SAMPLE_COLUMNS):
         raise BadInput("the columns are not those of the sample table", got=sorted(set(table.columns) ^ set(SAMPLE_COLUMNS)), fix="see SAMPLE_COLUMNS in core.records")
-    out = io.BytesIO()
-    try: pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False).replace_schema_metadata(None), out, compression="zstd")
+    out, more = io.BytesIO(), {"cvops.views": dump_json(views, indent=None)} if views else None
+    try: pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False).replace_schema_metadata(more), out, compression="zstd")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e: raise BadInput("a column of the sample table has values of the wrong type", got=e, fix="see SAMPLE_COLUMNS in core.records") from e
     return write_atomic(path, out.getvalue())
 
@@ -84,6 +87,7 @@ class Arrival:
     reason: str = ""                # why it was set aside
     detail: str = ""
     objects: str = ""               # what is where in it, as its source says
+    thumb: np.ndarray | None = field(default=None, repr=False, compare=False)   # its small picture, from the same decode
 
 _FACTS = [f.name for f in fields(ImageFacts)]
 _SCHEMA = f"""
@@ -106,6 +110,7 @@ class Store:
         self.root = (settings or load_settings()).store
         self.blobs, self.rejected, self.incoming = self.root/"blobs", self.root/"rejected", self.root/"incoming"
         self.packer: Prepacker | None = None    # a writer has one
+        self.keeper: Keeper | None = None       # likewise
         self.forgotten: set[str] = set()        # images that were erased, and are refused
 
     @cached_property
@@ -190,8 +195,10 @@ def open_writer(
             with _explaining(store.root): _recover(store)
             store.forgotten = list_forgotten(settings)
             store.packer = Prepacker(settings.cache/AHEAD, settings.data.min_free_mb*1e6)
+            store.keeper = Keeper(settings.cache/THUMBS, settings.data.min_free_mb*1e6)
             yield store
             store.packer.close()
+            store.keeper.close()
         finally:
             if store.packer: store.packer.close(finish=False)
             try: _sweep(store)
@@ -247,6 +254,7 @@ def commit(
         except BaseException:
             if journal.in_transaction: journal.execute("rollback")
             raise
+    for a in arrivals if store.keeper else (): a.thumb is None or store.keeper.add(a.sha256, a.thumb)
     if store.packer: store.packer.add((a.sha256, a.facts.ext, a.size, store.blobs/a.sha256[:2]/f"{a.sha256}{a.facts.ext}") for a in arrivals if a.staged and not a.reason)
     return new
 

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
            'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
            'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export']
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -203,6 +203,7 @@ def curate(
     split: Annotated[str | None, typer.Option(help="given: as the source has it; grouped: leak-free; auto: given where there is one.")] = None,
     app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on the samples.")] = False,
     leaks: Annotated[bool, typer.Option("--leaks", help="What stands on two sides of the split, with pictures; of the newest selection.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="First take tags, labels and views that people set in the App back into the record.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """Duplicates, odd images, a leak-free split; the samples in FiftyOne.
@@ -210,23 +211,16 @@ def curate(
     \b
     cvops curate --split grouped --app
     cvops curate --leaks            what a split that others made lets through
+    cvops curate --apply --dry-run  what people did in the App: tags remove, keep, relabel:tea; labels; views
     """
-    reply = run_stages({"curate": {"split": split}, "explore": {}}, set, force, dry_run)
-    if leaks and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import report_leaks
-        found, text = report_leaks(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "curate")))
-        reply = Reply({**reply.document, "leaks": found}, f"{reply.text}\n{text}".strip())
-    if app and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import open_app
-        open_app(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "explore")))
-    return reply
+    from cvops_wb.loop.checking.curating import curate_samples
+    return curate_samples({"split": split}, set, force, dry_run, leaks, app, apply)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #03b99293
 @app.command(rich_help_panel=LOOP)
 def snapshot(
     message: Annotated[str | None, typer.Option("-m", "--message", help="What is new in this version.")] = None,
+    view: Annotated[str | None, typer.Option(help="Only the samples of a view that was saved by name in the App.")] = None,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """A version of the data under DVC, pushed to the remote.
@@ -234,7 +228,7 @@ def snapshot(
     \b
     cvops snapshot -m "aisle 4 added"
     """
-    return run_stages({"snapshot": {"message": message}}, set, force, dry_run)
+    return run_stages({"snapshot": {"message": message, "only": view}}, set, force, dry_run)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)
@@ -262,10 +256,20 @@ def train(
 def evaluate(
     candidate: Annotated[str | None, typer.Option(help="A train run; else the newest.")] = None,
     split: Annotated[str | None, typer.Option(help="test, val; auto: test where there is one.")] = None,
+    app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on its errors: boxes as patches, cells of the confusion matrix as views.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
-    """What the candidate is worth, with intervals."""
-    return run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    """What the candidate is worth, with intervals.
+
+    \b
+    cvops evaluate --app        and look at what it gets wrong
+    """
+    reply = run_stages({"evaluate": {"candidate": candidate, "split": split}}, set, force, dry_run)
+    if app and not dry_run and reply.code == 0:
+        from cvops_wb.core.records import parse_record
+        from cvops_wb.data import index_errors, open_app
+        open_app(index_errors(parse_record(reply.document["stages"][-1]["record"])))
+    return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #6fdc501d
 @app.command(rich_help_panel=LOOP)
@@ -399,6 +403,29 @@ def lab(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"started": command}, " ".join(command) if dry_run else "", code)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
+@app.command(rich_help_panel=ANY)
+def synth(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="paste: crops of objects on other photographs; spoil: blurred, dark, dirty copies; scenes: products that do not exist.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, to be taken in by `cvops ingest`.")],
+    count: Annotated[int, typer.Option(help="Images to make.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of all that is left to chance.", min=0)] = 0,
+    snapshot: Annotated[str, typer.Option(help="Whose `train` they are made of, and stand beside; else the newest.")] = "",
+    alone: Annotated[bool, typer.Option("--alone", help="Without the snapshot's own images.")] = False,
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """Made images with a known truth to train on, marked for ever.
+
+    \b
+    cvops synth paste more/ --count 300 && cvops ingest more/ && cvops curate --split given
+    cvops synth scenes shelf/ --alone
+    """
+    from cvops_wb.data import SynthSpec, find_snapshot, make_synthetic
+    found = None if kind == "scenes" and alone else find_snapshot(snapshot)
+    if dry_run: return Reply({"kind": kind, "count": count, "path": os.path.abspath(out)}, f"would make {count:,} images in {out}")
+    done = make_synthetic(found, SynthSpec(kind, count, seed, alone), out)
+    beside = f" beside {done['own']:,} of the snapshot" if done["own"] else ""
+    return Reply(done, f"{done['made']:,} made images ({kind}){beside}, as {done['format']} in {out}\nnext: cvops ingest {out}" + (" && cvops curate --split given" if done["own"] else ""))
+
 @app.command(rich_help_panel=LOOK)
 def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],

@@ -98,12 +98,27 @@ def find_faults(settings, earlier, patience: float = 10.) -> list[str]:
     return faults
 
 
-def kill_at(settings, moment: float, who: str, bug: str = "") -> bool:
-    "Start the run, kill after so many seconds; whether there was something to kill."
+LIFE = 1.2      # seconds of a run in which there is a kernel, roughly
+
+
+def find_victims(settings, runner, who: str, patience: float = 20.) -> list[int]:
+    "The kernel, or all but the runner and the program that the stage left behind; waited for."
+    deadline = time.monotonic() + patience
+    while True:
+        found = [p.pid for p in family(settings.root) if "sleep" not in p.name() and p.pid != runner.pid]
+        kernels = [pid for pid in found if "CVOPS_TASK" in _environment(pid)]
+        if kernels or runner.poll() is not None or time.monotonic() > deadline: return kernels if who == "kernel" else found
+        time.sleep(.01)
+
+
+def kill_at(settings, moment: float, who: str, share: float = 0., bug: str = "") -> bool:
+    "Start the run, kill after so many seconds, or after that share of a kernel's life; whether there was something to kill."
     process = subprocess.Popen([sys.executable, "-c", CHILD, bug], cwd=settings.root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    time.sleep(moment)
-    victims = [process.pid] if who == "runner" else [p.pid for p in family(settings.root) if "sleep" not in p.name() and p.pid != process.pid]
-    if who == "kernel": victims = [pid for pid in victims if "CVOPS_TASK" in _environment(pid)]
+    time.sleep(moment if who == "runner" else 0)
+    victims = [process.pid] if who == "runner" else find_victims(settings, process, who)
+    if who != "runner":     # a kernel lives for a part of the stage only: from its first breath on
+        time.sleep(share*LIFE)
+        victims = find_victims(settings, process, who, 0)
     running = process.poll() is None and bool(victims)
     for pid in victims if running else []:
         try: os.kill(pid, signal.SIGKILL)
@@ -125,7 +140,7 @@ def test_kills_spread_over_the_stage(bench):
     length, chance, tally = time.monotonic() - begin, random.Random(PIECE), {"runner": [], "kernel": [], "all": []}
     for k in (kills := range(KILLS)[PIECE - 1::PIECES]):
         who = ("runner", "kernel", "all")[k//PIECES % 3]
-        tally[who].append(kill_at(settings, length*(k + chance.random())/KILLS, who))
+        tally[who].append(kill_at(settings, length*(k + chance.random())/KILLS, who, k/KILLS))
         assert find_faults(settings, earlier) == [], (k, who)
         if k//PIECES % 10 == 9 or k == kills[-1]:
             again = run_stage("ingest", {"count": 7}, force=True).envelope

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..fitting import half_precision
+from .optimizers import half_precision
 from . import LEARNERS, Learner, LearnSpec, choose_cut
 from ..networks.heatmap import detection_loss
 
@@ -39,7 +39,7 @@ class DetectionLearner(Learner):
         pictures = self.normalise(torch.stack(images))
         pictures = pictures*(1 + self.spec.light*(2*torch.rand(len(pictures), 1, 1, 1, generator=self.generator) - 1)).to(self.device)
         if hasattr(self.network, "losses"): return self.network.losses(pictures, boxes)
-        return detection_loss(*self.network(pictures), boxes)
+        return detection_loss(*self.look(pictures), boxes)
 
     def validate(self, network: nn.Module) -> dict[str, float]:
         "Average precision on the held-out images."

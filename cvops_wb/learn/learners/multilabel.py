@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..augmentation import augment
-from ..fitting import FitSpec
 from . import LEARNERS, Learner, LearnSpec
+from .classification import FitSpec
 
 # %% ../../../nbs/api/learn/learners/03_multilabel.ipynb #4149e914
 @LEARNERS.register("multilabel")
@@ -35,7 +35,7 @@ class MultiLabelLearner(Learner):
         "Binary cross entropy of a batch."
         images = torch.from_numpy(self.material.pixels.images[np.asarray(self.places)[index.numpy()]]).permute(0, 3, 1, 2)
         pictures = augment(images.to(self.device), self.crop, self.recipe, self.generator).to(memory_format=torch.channels_last)
-        return functional.binary_cross_entropy_with_logits(self.network(pictures).float(), self.targets[index].to(self.device), pos_weight=self.weight)
+        return functional.binary_cross_entropy_with_logits(self.look(pictures).float(), self.targets[index].to(self.device), pos_weight=self.weight)
 
     @torch.inference_mode()
     def validate(self, network: nn.Module) -> dict[str, float]:

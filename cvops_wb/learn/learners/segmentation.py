@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..fitting import half_precision
+from .optimizers import half_precision
 from . import LEARNERS, Learner, LearnSpec, choose_cut
 
 # %% ../../../nbs/api/learn/learners/02_segmentation.ipynb #360f18e3
@@ -43,7 +43,7 @@ class SegmentationLearner(Learner):
         images, masks = zip(*(self.view(place) for place in index.tolist()))
         pictures = self.normalise(torch.stack(images))
         pictures = pictures*(1 + self.spec.light*(2*torch.rand(len(pictures), 1, 1, 1, generator=self.generator) - 1)).to(self.device)
-        return mask_loss(self.network(pictures), torch.stack(masks).to(self.device))
+        return mask_loss(self.look(pictures), torch.stack(masks).to(self.device))
 
     def view(self, place: int) -> tuple[Tensor, Tensor]:
         "One crop, uint8 (3, C, C), and its mask (C, C)."

@@ -16,6 +16,7 @@ from ...core.settings import Settings, load_settings
 from ..cli import LOOP, Dry, Json, Option, app
 from ..replies import Reply
 from ..runs import find_log, find_run
+from .correcting import correct_here   # noqa: F401 - a name of the face
 
 # %% ../../../nbs/api/loop/checking/00_init.ipynb #ddd6a382
 @app.command(rich_help_panel=LOOP)
@@ -36,9 +37,9 @@ def spotcheck(
     """
     settings = load_settings()
     if pairs: return spotcheck_rollout(settings, n, tool, dry_run)
-    bento, log = find_run(settings, "bento", "").record, find_log(settings, log)
+    from cvops_wb.watch import SpotcheckSpec, find_answering, read_reference, spotcheck as check, take_window
+    bento, log = find_answering(find_run(settings, "bento", "").record), find_log(settings, log)
     if dry_run: return Reply({"version": bento.version, "log": log, "n": n}, f"would draw {n} predictions of version {bento.version} from {log}")
-    from cvops_wb.watch import SpotcheckSpec, read_reference, spotcheck as check, take_window
     rows = take_window(log, bento.version, settings.monitor.window, 1)
     folder, result, answered = check(rows, read_reference(bento), bento, SpotcheckSpec(n, tool), done)
     place = folder.relative_to(settings.root).as_posix()

@@ -71,10 +71,17 @@ class Sweep:
     study: Any
 
     def find_value(self, record: Any) -> float:
-        "The metric of a finished run; `WrongUsage` if it has none."
+        "The metric of a finished run, the task's main one if none was named; `WrongUsage` if it has none."
         metrics = getattr(record, "metrics", {})
+        if not self.metric: self.name_metric(record)
         if self.metric in metrics: return float(metrics[self.metric])
         raise WrongUsage(f"the runs of {self.stage} have no metric {self.metric!r}", got=sorted(metrics) or "no metrics at all", fix="name one of them with --metric")
+
+    def name_metric(self, record: Any) -> None:
+        "The task's main metric, kept with the study."
+        from cvops_wb.learn import TASKS
+        self.metric = TASKS[record.task].main_metric if getattr(record, "task", "") else "accuracy"
+        self.study.set_user_attr("metric", self.metric)
 
     def run_trial(self, trial: Any, report: Callable[[str], None], brake: Brake) -> None:
         "One trial, from its parameters to its value."
@@ -105,7 +112,7 @@ class Sweep:
         report(f"trial {trial.number}: {self.metric} {value:.4f}{' (reused)' if outcome.reused else ''}")
 
 # %% ../../../nbs/api/loop/sweeps/00_init.ipynb #b5fd04ca
-def open_sweep(settings: Settings, stage: str, given: Mapping[str, str], metric: str = "accuracy", seed: int = 0) -> Sweep:
+def open_sweep(settings: Settings, stage: str, given: Mapping[str, str], metric: str = "", seed: int = 0) -> Sweep:
     "The study of this stage and space, as far as it has come."
     space = read_space(find_stage(settings, stage), given)
     order = prepare_run(settings, stage, space.fixed)
@@ -119,7 +126,7 @@ def open_sweep(settings: Settings, stage: str, given: Mapping[str, str], metric:
     study = optuna.create_study(storage=f"sqlite:///{settings.store/'sweeps.sqlite'}", study_name=f"{stage}-{name}", load_if_exists=True,
                                 direction=find_direction(metric), sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
                                 pruner=optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=1))
-    return Sweep(settings, stage, space, metric, f"sweep-{stage}-{name}", study)
+    return Sweep(settings, stage, space, metric or study.user_attrs.get("metric", ""), f"sweep-{stage}-{name}", study)
 
 def requeue(study: Any) -> int:
     "Put the trials of a killed process back; how many they were."
@@ -184,7 +191,7 @@ def tell_sweep(sweep: Sweep) -> dict[str, Any]:
     trials = [{"number": t.number, "state": t.state.name.lower(), "value": t.value if t.state.name == "COMPLETE" else None, "parameters": t.params,
                "epochs": {str(k): v for k, v in t.intermediate_values.items()}, "run": t.user_attrs.get("run", ""), "error": t.user_attrs.get("error", "")}
               for t in sweep.study.get_trials() if t.state.name != "WAITING"]
-    return {"sweep": sweep.id, "stage": sweep.stage, "metric": sweep.metric, "direction": sweep.study.direction.name.lower(), "fixed": sweep.space.fixed,
+    return {"sweep": sweep.id, "stage": sweep.stage, "metric": sweep.metric or "metric", "direction": sweep.study.direction.name.lower(), "fixed": sweep.space.fixed,
             "trials": trials, "importance": find_importance(sweep),
             "best": best and {"number": best.number, "value": best.value, "parameters": best.params, "run": best.user_attrs.get("run", ""),
                               "command": say_command(sweep, best.params)}}

@@ -19,7 +19,7 @@ from ..replies import Reply, parse_sets
 def sweep(
     name: Annotated[str, Argument(metavar="NAME", help="A run notebook, mostly train.")],
     set: Set = [], trials: Annotated[int, Option(help="In all, with those that are done.", min=1)] = 20,   # noqa: B006
-    metric: Annotated[str, Option(help="Of the candidate, on its validation split.")] = "accuracy",
+    metric: Annotated[str, Option(help="Of the candidate, on its validation split; else the task's main one.")] = "",
     jobs: Annotated[int, Option(help="Trials at once; 0: as many as there is room for.", min=0)] = 0,
     seed: Annotated[int, Option(help="Of the proposals.")] = 0,
     time_limit: Time = None, memory_limit: Memory = None, json: Json = False, dry_run: Dry = False,
@@ -48,5 +48,5 @@ def sweep(
     told = tell_sweep(found)
     page = os.path.relpath(write_sweep(told, folder), settings.root)
     best = told["best"]
-    text = f"best: {metric} {best['value']:.4f}, trial {best['number']}\n  {best['command']}\n  {page}" if best else f"no trial has finished\n  {page}"
+    text = f"best: {told['metric']} {best['value']:.4f}, trial {best['number']}\n  {best['command']}\n  {page}" if best else f"no trial has finished\n  {page}"
     return Reply({**told, "page": page}, text, 0 if best else 1)

@@ -93,8 +93,9 @@ class Controller:
         state = self.file.read()
         if state.phase == IDLE: return self.tell(state)
         if state.id != self.id: self.begin(state)
+        self.tell(state)
         if state.phase == RUNNING: self.collect(state)
-        if state.number != self.number: self.at_change, self.number = self.evidence.pairs, state.number
+        self.at_change, self.number = self.at_change if self.number in (-1, state.number) else self.evidence.pairs, state.number
         decision = decide(state, self.evidence, self.spec, _since(state.began), _since(state.time), self.evidence.pairs - self.at_change)
         if decision.action == "wait": return self.tell(state) if state.phase == HOLDING or self.file.renew(self.id) else self.file.read()
         return self.tell(self.apply(decision))
@@ -105,6 +106,7 @@ class Controller:
             name, _, arm = (row.get("arm") or "").rpartition(":")
             if name != state.id: continue
             self.evidence.add([{"latency_ms": 0., **{key: value for key, value in row.items() if key in FACTS and value is not None}, "arm": arm}])
+            if self.number < 0 and "" < (row.get("time") or "") <= state.time: self.at_change = self.evidence.pairs   # what a predecessor saw before this step
             if not row.get("failed") and len(self.answers) < KEEP: self.answers[row["request_id"]] = arm, row.get("predicted") or ""
         for row in self.feedback.read() if self.feedback else ():
             arm, predicted = self.answers.pop(row["request_id"], ("", ""))
