@@ -50,6 +50,7 @@ class State:
         self.uploads, self.gate, self.explaining = Gate(UPLOADS), Gate(self.threads*(1 + WAITING)), Gate(1)
         self.rates = Rates(settings.rate/max(settings.workers, 1))     # each worker has its share
         self.on_start: Callable[[], Any] = lambda: None
+        self.closing = False    # told to end: callers are sent elsewhere
 
     def start(self) -> None:
         "Verify and load the model, open the log; `BadModel` if a file is not what it was."
