@@ -68,11 +68,18 @@ bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each
 	$(call say,peers of bench/dedup.py: about 6 GB with imagededup's torch)
 	@test -x .cvops/peers/dedup/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/dedup
 	@$(UV) pip install --quiet --python .cvops/peers/dedup/bin/python imagededup==0.3.3.post2 imagehash==4.3.2
+	$(call say,peer of bench/quality.py)
+	@test -x .cvops/peers/cleanvision/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/cleanvision
+	@$(UV) pip install --quiet --python .cvops/peers/cleanvision/bin/python cleanvision==0.3.7
 	$(call say,peers of bench/drift.py)
 	@test -x .cvops/peers/alibi/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/alibi
 	@$(UV) pip install --quiet --python .cvops/peers/alibi/bin/python alibi-detect==0.13.0
 	@test -x .cvops/peers/frouros/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/frouros
 	@$(UV) pip install --quiet --python .cvops/peers/frouros/bin/python frouros==0.9.0
+	$(call say,peers of bench/serve.py)
+	@for peer in "fastapi fastapi==0.163.2 uvicorn[standard]==0.54.0" "bentoml bentoml==1.4.39 uvloop httptools" "litserve litserve==0.2.19" "mlserver mlserver==1.7.1" "mlflow mlflow==3.17.2 onnx==1.23.2"; do set -- $$peer; place=.cvops/peers/$$1; \
+	  test -x $$place/bin/python || $(UV) venv --quiet --python $(PYTHON) $$place; shift; \
+	  $(UV) pip install --quiet --python $$place/bin/python numpy==2.4.6 pillow==13.0.0 onnxruntime==1.32.0 "$$@"; done
 
 wheel: setup    ## dist/cvops_wb-*.whl
 	@$(BIN)/python -m hatchling build -t wheel -d dist

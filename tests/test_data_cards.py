@@ -52,7 +52,7 @@ def test_the_facts(copy):  # noqa: F811
 def test_the_stage_writes_the_card(copy):  # noqa: F811
     settings, first, _ = copy
     folder = settings.reports/"snapshot-1"
-    assert {p.name for p in folder.glob("card*")} == {"card.md", "card.html", "card-classes.png", "card-samples.png", "card-worst.png"}
+    assert {p.name for p in folder.glob("card*")} == {"card.md", "card.html", "card-classes.png", "card-samples.png", "card-worst.png", "card-map.png"}
     notebook = json.loads((Path(__file__).parents[1]/"nbs"/"runs"/"04_snapshot.ipynb").read_text())
     assert any("](card.html)" in "".join(cell["source"]) for cell in notebook["cells"])
     front = yaml.safe_load((folder/"card.md").read_text().split("---\n")[1])
@@ -63,7 +63,7 @@ def test_hostile_names_in_html(hostile):
     settings, snapshot = hostile
     page = Page()
     page.feed(write_card(snapshot, settings.cache/"card").read_text())
-    assert "script" not in page.tags and page.handlers == [] and page.tags.count("img") == 3
+    assert "script" not in page.tags and page.handlers == [] and page.tags.count("img") == 4
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
 
 
@@ -78,7 +78,7 @@ def test_hostile_names_in_markdown(hostile):
     page = Page()
     page.feed(MarkdownIt("commonmark").enable("table").render(body))
     assert set(page.tags) <= {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "img"}
-    assert sorted(page.addresses) == ["card-classes.png", "card-samples.png", "card-worst.png"] and page.handlers == []
+    assert sorted(page.addresses) == ["card-classes.png", "card-map.png", "card-samples.png", "card-worst.png"] and page.handlers == []
 
 
 @pytest.mark.parametrize("text", HOSTILE)

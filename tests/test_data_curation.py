@@ -1,7 +1,6 @@
 "Duplicates, quality, splits and the curate stage: on real photographs, on planted faults, on data too small to split."
 import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -191,7 +190,7 @@ def test_small_data_can_be_trained_on(labels, train, val, seed):
 
 
 @pytest.mark.parametrize("change, error, says", [
-    ({"label": ["tea"]*6}, BadInput, "only one class"), ({"label": [""]*6}, BadInput, "no image has a label"),
+    ({"label": ["tea"]*6}, BadInput, "only one class"), ({"label": [""]*6, "group": ["x"]*6}, BadInput, "too few images"),
     ({"label": list("abcdef")}, BadInput, "too few images"), ({"group": ["x"]*6}, BadInput, "too few images"),
 ])
 def test_what_cannot_be_split(change, error, says):
@@ -282,22 +281,15 @@ def test_the_stage(workbench, photos):
     json.dumps(selection.to_dict())
 
 
-@pytest.mark.parametrize("classes, says", [(["tea"], "only one class"), ([""], "no image has a label")])
+@pytest.mark.parametrize("classes, says", [(["tea"], "only one class")])
 def test_folders_that_cannot_be_curated(classes, says, workbench, photos, tmp_path):
     source = tmp_path/"source"
     for label in classes:
         (source/label).mkdir(parents=True, exist_ok=True)
         for path in sorted((photos/"lime").glob("*.jpg")): (source/label/path.name).write_bytes(path.read_bytes())
     batch = ingest(str(source), IngestSpec(), room(workbench, "ingest"))
-    if classes == [""]: batch = replace(batch, samples=_unlabel(workbench, batch))
     with pytest.raises(BadInput, match=says): curate(batch, CurateSpec(), room(workbench, "curate"))
     assert not list((workbench.reports/"curate").iterdir())
-
-
-def _unlabel(settings, batch) -> str:
-    from cvops_wb.data.store import write_samples
-    path = write_samples(read_samples(batch.samples).assign(label=""), settings.reports/"ingest"/"bare.parquet")
-    return path.relative_to(settings.root).as_posix()
 
 
 @pytest.mark.slow

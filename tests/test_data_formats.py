@@ -414,3 +414,29 @@ def test_an_export_is_whole_or_not_there(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UnknownName): write_export(AWKWARD, tmp_path/"out", "cocoa")
     assert list_writers() == WRITERS
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_coco_source_is_known_by_its_files_without_reading_boxes(photos, tmp_path, alone):
+    "Another box, an image touched or added: another fingerprint; the same source, the same."
+    root = tmp_path/"coco"
+    (root/"images").mkdir(parents=True)
+    names = [f"{k}.jpg" for k in range(3)]
+    for name, path in zip(names, sorted(photos.rglob("*.jpg")), strict=False): (root/"images"/name).write_bytes(path.read_bytes())
+    document = root/"instances_train.json"
+    def write(x):
+        boxes = [{"id": k, "image_id": k, "category_id": 1, "bbox": [x, 2, 30, 40]} for k in range(3)]
+        document.write_text(json.dumps({"images": [{"id": k, "file_name": name} for k, name in enumerate(names)], "annotations": boxes, "categories": [{"id": 1, "name": "tea"}]}))
+    write(1)
+    source, seen = str(document if alone else root), []
+    def look():
+        seen.append(fingerprint_source(source))
+        assert fingerprint_source(source) == seen[-1]
+    look()
+    write(5)
+    look()
+    os.utime(root/"images"/"1.jpg", (1, 1))
+    look()
+    (root/"images"/"2.jpg").unlink()
+    look()
+    assert len(set(seen)) == 4

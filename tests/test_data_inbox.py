@@ -11,7 +11,8 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
-from threading import Timer
+from threading import Event as ThreadEvent
+from threading import Thread, Timer
 from types import SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,31 @@ def test_without_events_the_rescan_finds_everything(scene, monkeypatch):
     Timer(.3, lambda: scene.put("cam/late.jpg", make_photo(1))).start()
     told = watch_inbox(scene.folder, scene.settings, WatchSpec(settle=.1, rescan=.1), acknowledge=end, tell=len)
     assert taken == ["cam/late.jpg"] and told["known"] == 1
+
+
+@pytest.mark.parametrize("deaf", [False, True], ids=["events", "no events"])
+def test_an_event_is_enough(scene, monkeypatch, deaf):
+    "No rescan within the hour: what comes is taken because the file system says so, and is not where nobody listens."
+    if deaf: monkeypatch.setattr(inbox_room, "_listen", lambda *given: None)
+    taken, over = [], ThreadEvent()
+
+    def write():        # again and again: the first may come before anybody listens
+        for k in range(400):
+            if over.wait(.15): return
+            scene.put(f"cam/{k}.jpg", make_photo(k))
+
+    def end(arrivals):
+        taken.extend(a.name for a in arrivals)
+        raise KeyboardInterrupt
+
+    writer, limit = Thread(target=write), Timer(2.5 if deaf else 50, lambda: os.kill(os.getpid(), signal.SIGINT))
+    for thread in (writer, limit): thread.start()
+    try: told = watch_inbox(scene.folder, scene.settings, WatchSpec(settle=.05, rescan=3600), acknowledge=end, tell=len)
+    finally:
+        limit.cancel()
+        over.set()
+        writer.join()
+    assert bool(taken) != deaf and (told["known"] > 0) != deaf
 
 
 def test_an_abandoned_file_that_is_finished_after_all(scene):

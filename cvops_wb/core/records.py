@@ -117,6 +117,8 @@ class Snapshot(Record):
     parent: str = ""            # id of the snapshot before
     dvc: str = ""               # hash of `data/` in data.dvc
     pushed: bool = False
+    views: dict[str, int] = field(default_factory=dict)     # saved views that belong to it → samples
+    only: str = ""              # the saved view that it was limited to
 
 @dataclass(frozen=True)
 class Candidate(Record):

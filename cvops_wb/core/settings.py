@@ -89,6 +89,7 @@ class Serve:
     threads: int = 0            # of ONNX Runtime in each worker; 0: cores divided by workers
     max_bytes: int = 10_000_000 # of one upload
     max_megapixels: float = 25. # of one upload
+    timeout: float = 30.        # seconds until a caller is told 504; the thread that works on it keeps its place until it ends
     keep_share: float = .05     # of all images that are kept, for spot checks and to be looked at; 0: none of the sure ones
     keep_below: float = .5      # images whose answer is less sure are kept too; 0: none
     keep_mb: int = 1000         # of kept images; then the oldest go

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REMOTE', 'ensure_dvc', 'run_dvc', 'locked', 'version_data', 'make_current', 'push_data', 'SnapshotSpec',
-           'record_version', 'take_snapshot', 'digest_table', 'read_current', 'find_snapshot', 'SnapshotReader',
-           'open_snapshot', 'take_turns', 'draw_snapshot']
+           'record_version', 'take_snapshot', 'digest_table', 'take_view', 'read_current', 'find_snapshot',
+           'SnapshotReader', 'open_snapshot', 'take_turns', 'draw_snapshot']
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7e691a48
 import fcntl
@@ -36,6 +36,7 @@ from .images import decode_image
 from .shards import AHEAD, Place, drop_adopted, index_shards, list_shards, pack_images
 from .splits import SPLITS
 from .store import read_blob, read_samples, write_samples
+from .versions.decisions import cut_views, read_decisions, read_views
 from .versions.events import append_event, read_events
 from .versions.objects import push_objects, read_pointer
 from .versions.recording import add_data
@@ -147,13 +148,16 @@ class SnapshotSpec:
     "What to say of a version, and whether to send it away."
     message: str = ""   # what is new in it
     push: bool = True   # to the remote of settings.ini
+    view: str = ""      # a view that was saved by name: only its samples
+    decided: str = ""   # what people decided, by its hash: where they decided anew, an earlier run says nothing
 
 def record_version(settings: Settings, table: pd.DataFrame, message: str = "", push: bool = False) -> Snapshot:
     "A sample table as a version of the data; call it inside `locked`."
-    return _record(settings, table, message, push).record
+    before = _read_known(settings, read_current(settings))
+    return _record(settings, table, message, push, before.only if before else "").record
 
-def _record(settings: Settings, table: pd.DataFrame, message: str, push: bool) -> "SnapshotReader":
-    reader = _write_version(settings, table, message)
+def _record(settings: Settings, table: pd.DataFrame, message: str, push: bool, only: str = "") -> "SnapshotReader":
+    reader = _write_version(settings, table, message, only)
     digest = _version(settings, message or f"snapshot {reader.record.id}: {reader.record.count} samples", push)
     reader.record = replace(reader.record, dvc=digest, pushed=push)
     return reader
@@ -169,17 +173,19 @@ def take_snapshot(
     settings = load_settings()
     table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
     table = correct_labels(table, read_events(settings, "labels"))
-    with locked(settings): reader = _record(settings, table, spec.message, spec.push)
+    if spec.view: table = take_view(table, spec.view, settings)
+    with locked(settings): reader = _record(settings, table, spec.message, spec.push, spec.view)
     write_picture(out/"snapshot.png", draw_snapshot(reader.record, reader=reader))
     write_card(reader.record, out, reader)
     return reader.record
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
-def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "SnapshotReader":
+def _write_version(settings: Settings, table: pd.DataFrame, message: str, only: str = "") -> "SnapshotReader":
     images, kinds = zip(table["sha256"], table["ext"], table["bytes"]), dict(zip(table["sha256"], table["ext"]))
     places = pack_images(images, settings.versioned/"shards", lambda sha256: read_blob({"sha256": sha256, "ext": kinds[sha256]}, settings),
                          ahead=settings.cache/AHEAD)
-    path = write_samples(table, settings.versioned/"samples"/"next.part")
+    views = cut_views(read_decisions(settings).views, table["id"])
+    path = write_samples(table, settings.versioned/"samples"/"next.part", views)
     name = digest_table(path)[:12]
     os.replace(path, path.with_name(f"{name}.parquet"))
     before, parent = _read_known(settings, name), read_current(settings)
@@ -187,7 +193,7 @@ def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "Sn
     splits = {split: int(count) for split in SPLITS if (count := (table["split"] == split).sum())}
     snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in list_shards(places)], len(inside),
                         sorted((set(inside["label"]) | list_object_classes(inside["objects"])) - {""}), splits, message or (before.message if before else ""),
-                        before.parent if before else parent)
+                        before.parent if before else parent, views={view: len(found["ids"]) for view, found in views.items()}, only=only)
     if before is None: append_event(settings, "versions", event="taken", snapshot=name, message=message, parent=parent)
     write_atomic(settings.versioned/"snapshots"/f"{name}.json", dump_json(snapshot.to_dict()))
     write_atomic(settings.versioned/"current", name + "\n")
@@ -196,6 +202,14 @@ def _write_version(settings: Settings, table: pd.DataFrame, message: str) -> "Sn
 def digest_table(path: Path) -> str:
     "What a snapshot is named by."
     return hash_value({"kind": "snapshot", "samples": hash_file(path)})
+
+def take_view(table: pd.DataFrame, name: str, settings: Settings) -> pd.DataFrame:
+    "The samples of a view that was saved by name; `UnknownName` if nobody saved it, `BadInput` if none of its samples is here."
+    views = read_decisions(settings).views
+    if name not in views: raise UnknownName("view", name, views, fix="save it in FiftyOne's App, then `cvops curate --apply`")
+    found = table[table["id"].isin(views[name]["ids"])].reset_index(drop=True)
+    if found.empty: raise BadInput("none of the view's samples is in this selection", got=name, fix="curate the batch that it was saved on")
+    return found
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #a39ee1f3
 def read_current(settings: Settings | None = None) -> str:
@@ -237,6 +251,11 @@ class SnapshotReader:
 
     @property
     def digest(self) -> str: return self.record.id
+
+    @cached_property
+    def views(self) -> dict[str, list[str]]:
+        "The saved views that belong to it: name → ids in their order."
+        return {name: view["ids"] for name, view in read_views(join_within(self._root, self.record.samples)).items()}
 
     @cached_property
     def _places(self) -> dict[str, Place]:

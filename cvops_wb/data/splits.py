@@ -95,11 +95,9 @@ def _move_one(table: pd.DataFrame, split: pd.Series, numbers: pd.Series, new: pd
     return False
 
 def check_labels(table: pd.DataFrame) -> None:
-    "`BadInput` unless there are two classes or more."
+    "`BadInput` if there is but one class; where nothing has a label yet, images are still worth looking through."
     if "objects" in table and list_object_classes(table["objects"]): return    # boxes are worth finding also where there is but one class
     classes = sorted(set(table["label"]) - {""})
-    if not classes:
-        raise BadInput("no image has a label", got=f"{len(table)} images", fix="put the images of each class into a sub-folder, or give a list")
     if len(classes) == 1:
         raise BadInput("there is only one class, and a classifier needs two", got=classes[0], fix="add a sub-folder of another class, ingest again")
 
@@ -133,10 +131,10 @@ def find_before(
     path, ids, seen = settings.versioned/"current", _read_ids(settings.root/batch.samples), set()
     name = given or (path.read_text().strip() if path.is_file() else "")
     while name and name not in seen and (settings.versioned/"snapshots"/f"{name}.json").is_file():
-        known = _read_ids(settings.versioned/"samples"/f"{name}.parquet")
-        if given or known & ids and known != ids: return name
+        known, record = _read_ids(settings.versioned/"samples"/f"{name}.parquet"), read_json(settings.versioned/"snapshots"/f"{name}.json")
+        if given or known & ids and known != ids and not record.get("only"): return name     # one of a view alone knows too few
         seen.add(name)
-        name = read_json(settings.versioned/"snapshots"/f"{name}.json").get("parent", "")
+        name = record.get("parent", "")
     return ""
 
 def _read_ids(path: Path) -> set[str]:

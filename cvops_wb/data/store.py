@@ -26,7 +26,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import BadInput, BadRecord, CvopsError, NoRoom
-from ..core.files import sync_folder, write_atomic
+from ..core.files import dump_json, sync_folder, write_atomic
 from ..core.places import locate
 from ..core.records import ADDED_COLUMNS, SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
@@ -39,6 +39,7 @@ from .versions.events import list_forgotten
 def write_samples(
     table: pd.DataFrame,    # one row a sample, columns of `SAMPLE_COLUMNS`
     path: Path | str,
+    views: Mapping[str, Any] | None = None,     # saved views that belong to it, see data/versions/decisions
 ) -> Path:
     "Write a sample table; `BadInput` if a column is missing, unknown or of the wrong type."
     import pyarrow as pa
@@ -47,8 +48,8 @@ def write_samples(
     schema = pa.schema([(name, kinds[kind]) for name, kind in SAMPLE_COLUMNS.items()])
     if set(table.columns) != set(SAMPLE_COLUMNS):
         raise BadInput("the columns are not those of the sample table", got=sorted(set(table.columns) ^ set(SAMPLE_COLUMNS)), fix="see SAMPLE_COLUMNS in core.records")
-    out = io.BytesIO()
-    try: pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False).replace_schema_metadata(None), out, compression="zstd")
+    out, more = io.BytesIO(), {"cvops.views": dump_json(views, indent=None)} if views else None
+    try: pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False).replace_schema_metadata(more), out, compression="zstd")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e: raise BadInput("a column of the sample table has values of the wrong type", got=e, fix="see SAMPLE_COLUMNS in core.records") from e
     return write_atomic(path, out.getvalue())
 

@@ -15,6 +15,6 @@ _rooms = {
     "run_flow": "flow", "plan_flow": "flow",
     "trace": "lineage", "read_status": "lineage",
     "check_machine": "doctor", "clean_caches": "doctor",
-    "init_workbench": "workbench",
+    "init_workbench": "workbench", "correct_here": "checking",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

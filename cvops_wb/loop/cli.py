@@ -203,6 +203,7 @@ def curate(
     split: Annotated[str | None, typer.Option(help="given: as the source has it; grouped: leak-free; auto: given where there is one.")] = None,
     app: Annotated[bool, typer.Option("--app", help="Open the FiftyOne App on the samples.")] = False,
     leaks: Annotated[bool, typer.Option("--leaks", help="What stands on two sides of the split, with pictures; of the newest selection.")] = False,
+    apply: Annotated[bool, typer.Option("--apply", help="First take tags, labels and views that people set in the App back into the record.")] = False,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """Duplicates, odd images, a leak-free split; the samples in FiftyOne.
@@ -210,23 +211,16 @@ def curate(
     \b
     cvops curate --split grouped --app
     cvops curate --leaks            what a split that others made lets through
+    cvops curate --apply --dry-run  what people did in the App: tags remove, keep, relabel:tea; labels; views
     """
-    reply = run_stages({"curate": {"split": split}, "explore": {}}, set, force, dry_run)
-    if leaks and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import report_leaks
-        found, text = report_leaks(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "curate")))
-        reply = Reply({**reply.document, "leaks": found}, f"{reply.text}\n{text}".strip())
-    if app and not dry_run and reply.code == 0:
-        from cvops_wb.core.records import parse_record
-        from cvops_wb.data import open_app
-        open_app(parse_record(next(s["record"] for s in reply.document["stages"] if s["stage"] == "explore")))
-    return reply
+    from cvops_wb.loop.checking.curating import curate_samples
+    return curate_samples({"split": split}, set, force, dry_run, leaks, app, apply)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #03b99293
 @app.command(rich_help_panel=LOOP)
 def snapshot(
     message: Annotated[str | None, typer.Option("-m", "--message", help="What is new in this version.")] = None,
+    view: Annotated[str | None, typer.Option(help="Only the samples of a view that was saved by name in the App.")] = None,
     set: Set = [], json: Json = False, dry_run: Dry = False, force: Force = False,   # noqa: B006
 ) -> Reply:
     """A version of the data under DVC, pushed to the remote.
@@ -234,7 +228,7 @@ def snapshot(
     \b
     cvops snapshot -m "aisle 4 added"
     """
-    return run_stages({"snapshot": {"message": message}}, set, force, dry_run)
+    return run_stages({"snapshot": {"message": message, "only": view}}, set, force, dry_run)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #22a04e0b
 @app.command(rich_help_panel=LOOP)

@@ -24,9 +24,12 @@ def log(json: Json = False) -> Reply:
     """The versions of the data, newest first."""
     from cvops_wb.data import list_versions
     versions = list_versions()
-    rows = [f"{'*' if v.current else ' '} {v.snapshot.id}  {v.time[:16].replace('T', ' '):<16}  {v.snapshot.count:>7,} images  {v.snapshot.message}" for v in versions]
+    def say(v: Any) -> str:
+        views = f"  [{', '.join(f'{name}: {count:,}' for name, count in v.snapshot.views.items())}]" if v.snapshot.views else ""
+        return f"{'*' if v.current else ' '} {v.snapshot.id}  {v.time[:16].replace('T', ' '):<16}  {v.snapshot.count:>7,} images  {v.snapshot.message}{views}"
+    rows = [say(v) for v in versions]
     told = [{"id": v.snapshot.id, "parent": v.snapshot.parent, "time": v.time, "by": v.by, "current": v.current, "count": v.snapshot.count,
-             "splits": v.snapshot.splits, "classes": v.snapshot.classes, "message": v.snapshot.message} for v in versions]
+             "splits": v.snapshot.splits, "classes": v.snapshot.classes, "views": v.snapshot.views, "message": v.snapshot.message} for v in versions]
     return Reply({"versions": told}, "\n".join(rows) or "no version yet: cvops snapshot")
 
 # %% ../../nbs/api/loop/12_keeping.ipynb #ce1eee68
@@ -117,11 +120,13 @@ def relabel(
 
 @app.command(rich_help_panel=LOOK)
 def labels(json: Json = False) -> Reply:
-    """The history of corrected labels: who, when, from what, to what."""
-    from cvops_wb.data import read_labels
-    rows = read_labels().to_dict("records")
-    text = [f"{row['time'][:16].replace('T', ' ')}  {row['by']:<10} {row['event']:<10} {row['sample']}  {row['before']} → {row['after']}" for row in rows]
-    return Reply({"events": rows}, "\n".join(text) or "no label was corrected yet")
+    """The history of what people said: labels, tags, views; who and when."""
+    from cvops_wb.data import read_decided, read_labels
+    rows, decided = read_labels().to_dict("records"), read_decided(load_settings())
+    lines = [(row["time"], f"{row['by']:<10} {row['event']:<10} {row['sample']}  {row['before']} → {row['after']}") for row in rows]
+    lines += [(row["time"], f"{row['by']:<10} {row['event']:<10} {row.get('sample', '')}  {row.get('tag') or repr(row.get('view'))}") for row in decided]
+    text = [f"{time[:16].replace('T', ' ')}  {line}" for time, line in sorted(lines, key=lambda line: line[0])]
+    return Reply({"events": rows, "decided": decided}, "\n".join(text) or "no label was corrected yet")
 
 # %% ../../nbs/api/loop/12_keeping.ipynb #48a78c46
 @app.command(rich_help_panel=LOOK)

@@ -50,6 +50,9 @@ def prepare_run(settings: Settings, name: str, given: Mapping[str, Any] | None =
     if "before" in parameters and "batch" in inputs:
         from cvops_wb.data import find_before
         parameters["before"] = find_before(inputs["batch"].record, parameters["before"] or "", settings)
+    if parameters.get("decided") == "":
+        from cvops_wb.data import sign_decisions
+        parameters["decided"] = sign_decisions(settings)
     key = make_key(settings, stage, parameters, {n: identify(e) for n, e in inputs.items()})
     return Order(stage, parameters, key, f"{stage.name}-{key.digest[:10]}")
 

@@ -15,6 +15,6 @@ _rooms = {
     "rehearse": "rehearsal", "RehearseSpec": "rehearsal", "draw_answers": "rehearsal", "draw_latency": "rehearsal",
     "read_predictions": "predictions", "PredictionLog": "predictions", "compact_predictions": "predictions", "list_segments": "predictions", "read_segment": "predictions",
     "Arm": "rollouts", "RolloutFile": "rollouts", "RolloutSpec": "rollouts", "Controller": "rollouts", "draw_evidence": "rollouts",
-    "Client": "clients", "predict_pictures": "batches", "list_pictures": "batches", "Picture": "batches", "Classifier": "inference", "make_service": "service", "verify_model": "verification",
+    "Client": "clients", "AsyncClient": "clients", "predict_pictures": "batches", "list_pictures": "batches", "Picture": "batches", "Classifier": "inference", "make_service": "service", "verify_model": "verification",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -95,7 +95,10 @@ class Supervisor:
 
     def end(self, patience: float = 35.) -> None:
         "Let the workers answer what they have accepted, and end them."
+        self.listener.listen(0)     # nobody new stands in line
+        time.sleep(.05)             # and those who did are taken in
         for worker, _ in self.workers: worker.terminate()
+        self.listener.close()
         deadline = time.monotonic() + patience
         for worker, _ in self.workers:
             try: worker.wait(max(.1, deadline - time.monotonic()))

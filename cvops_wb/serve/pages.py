@@ -294,6 +294,7 @@ REFUSALS = {
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
     "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",
     "429": "Too many at once; come again after `Retry-After` seconds: `busy`",
+    "504": "The answer took longer than the service allows: `timeout`",
 }
 _binary = {"type": "string", "format": "binary"}
 _files = {"type": "array", "items": _binary, "maxItems": IMAGES}

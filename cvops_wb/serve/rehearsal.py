@@ -56,7 +56,7 @@ def rehearse(
     "Start a bento on a free port, ask it, insult it, stop it; `ToolFailed` if it does not hold."
     settings = load_settings()
     shots = find_shots(settings, snapshot, spec)
-    with service_running(bento, out/"predictions", output=out/"service.log") as service, Client(service.url) as client:
+    with service_running(bento, out/"predictions", output=out/"service.log") as service, Client(service.url, retries=0) as client:
         send_hostile(client, shots[0].read(), settings.serve.max_bytes)
         answers = ask_all(client, shots, spec.clients)
     compact_predictions(out/"predictions")

@@ -44,8 +44,42 @@ def copy_in_place(source, target):
     os.unlink(source)
 
 
+class Deaf:
+    "A file that takes a failed write for a good one."
+
+    def __init__(self, *arguments, **options): self.file = open(*arguments, **options)
+    def __enter__(self): return self
+    def __exit__(self, *error): self.file.close()
+    def fileno(self): return self.file.fileno()
+
+    def write(self, data):
+        try: return self.file.write(data)
+        except OSError: return len(data)
+
+
+def sync_deaf(descriptor, kept=os.fsync):
+    "An fsync whose error nobody hears."
+    try: kept(descriptor)
+    except OSError: pass
+
+
+def drop_late(pool, work, items, ahead):
+    "A queue that drops what comes while it is full."
+    waiting = [pool.submit(work, item) for item in list(items)[:ahead]]
+    for future in waiting: yield future.result()
+
+
 def plant(fault: str) -> None:
     "Take a safeguard out of this child."
+    if fault == "swallow": store.open = Deaf
+    if fault == "deaf": os.fsync = sync_deaf
+    if fault == "hasty":
+        sure = intake.commit
+        def commit(opened, origin, arrivals):
+            intake_told(arrivals)
+            return sure(opened, origin, arrivals)
+        intake.commit = commit
+    if fault == "drop": intake._run_ahead = drop_late
     if fault == "fsync": os.fsync = lambda descriptor: None
     if fault == "folder": store.sync_folder = lambda folder: None
     if fault == "recover": store._recover = store._sweep

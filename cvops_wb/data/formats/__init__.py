@@ -105,10 +105,10 @@ def place_item(
     "The item of a name from outside."
     shown = clean_name(str(name))
     try:
-        join_within(root, name)
-        tries = list(dict.fromkeys(PurePosixPath(folder, way).as_posix() for way in (name, name.replace("\\", "/")) for folder in folders))
-        found = next((way for way in tries if os.path.lexists(os.path.join(root, way))), tries[0])
-        path = join_within(root, found)
+        path, ways = join_within(root, name), dict.fromkeys((name, name.replace("\\", "/")))
+        tries = (PurePosixPath(folder, way).as_posix() for way in ways for folder in folders)     # made as far as they are asked for
+        found = next((way for way in tries if os.path.lexists(os.path.join(root, way))), PurePosixPath(folders[0], name).as_posix())
+        if found != name: path = join_within(root, found)
     except BadInput as e: return Item(shown, None, problem="outside_root", detail=e.what, **facts)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)
     return Item(clean_name(found), path, **facts)

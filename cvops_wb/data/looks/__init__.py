@@ -11,6 +11,8 @@ from ...core.faces import lazy_face
 # %% ../../../nbs/api/data/looks/00_init.ipynb #e6c1c987
 _rooms = {
     "list_leaks": "leaks", "count_leaks": "leaks", "draw_leaks": "leaks", "report_leaks": "leaks", "index_suspects": "suspects", "index_errors": "errors",
+    "take_back": "returns",
     "Embedder": "embeddings", "Descriptor": "embeddings", "embed_samples": "embeddings", "place_samples": "embeddings", "draw_map": "embeddings",
+    "measure_outliers": "embeddings",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

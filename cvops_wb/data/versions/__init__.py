@@ -14,7 +14,8 @@ _rooms = {
     "checkout_version": "integrity", "pull_data": "integrity", "check_data": "integrity",
     "check_status": "recording", "free_blobs": "packing", "loosen_blobs": "packing",
     "write_card": "datacards", "describe_snapshot": "datacards",
-    "relabel": "corrections", "undo_labels": "corrections", "read_labels": "corrections",
+    "relabel": "corrections", "correct": "corrections", "undo_labels": "corrections", "read_labels": "corrections",
+    "sign_decisions": "decisions", "read_decisions": "decisions", "read_decided": "decisions", "say_changes": "decisions",
     "forget": "erasure", "resume_forgetting": "erasure", "allow_again": "erasure", "back_up": "backups", "restore": "backups",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

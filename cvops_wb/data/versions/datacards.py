@@ -26,6 +26,7 @@ from ..images import decode_image
 from ..quality import QUALITY, measure_oddness
 from ..snapshots import SnapshotReader, open_snapshot, take_turns
 from ..splits import SPLITS
+from .maps import draw_points
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #bd416f7d
 def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
         "duplicates": {"files_of_the_same_bytes": int((table["sources"].map(len) - 1).clip(lower=0).sum()), "near_duplicates": tags.get("near_duplicate", 0),
                        "leaks": tags.get("leak", 0)},
         "tags": dict(sorted(tags.items())), "quality": {name: _spread(table[name]) for name in ("brightness", "contrast", "sharpness", "entropy", "saturation")},
-        "width": _spread(table["width"]), "height": _spread(table["height"]), "licence": _find_licence(),
+        "width": _spread(table["width"]), "height": _spread(table["height"]), "licence": _find_licence(), "views": dict(snapshot.views),
     }
 
 def _count(values: pd.Series) -> dict[str, int]: return {str(name): int(n) for name, n in values.value_counts().sort_index().items()}
@@ -88,7 +89,7 @@ def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.truetype(path, 12) if path.is_file() else ImageFont.load_default(12)
 
 def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any], count: int = 24) -> dict[str, Any]:
-    "Class balance, a sample grid in which the classes take turns, and the images of the worst quality."
+    "Class balance, a sample grid in which the classes take turns, the images of the worst quality, and the map of all."
     table, turns = reader.table, take_turns(reader.table, count)
     flagged = table["tags"].map(lambda tags: not set(tags).isdisjoint(QUALITY))
     ranks = table[["id"]].assign(flagged=flagged, oddness=measure_oddness(table)).sort_values(["flagged", "oddness", "id"], ascending=[False, False, True]).head(count)
@@ -98,13 +99,14 @@ def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any],
         "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images in {len(facts['classes'])} classes"),
         "samples": draw_grid(_show(reader, turns), [row.label for row in turns.itertuples()]),
         "worst": draw_grid(_show(reader, worst), said, colours=[COLOURS[3] if flag else INK for flag in worst["flagged"]]),
+        "map": draw_points(reader, load_settings().cache/"embeddings", _load_font())[0],
     }
 
 def _show(reader: SnapshotReader, rows: pd.DataFrame) -> list[Any]:
     return [decode_image(reader.read(row.id), row.bytes, float("inf")) for row in rows.itertuples()]
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #ca15d951
-_TITLES = {"classes": "Class balance", "samples": "Samples", "worst": "Worst quality"}
+_TITLES = {"classes": "Class balance", "samples": "Samples", "worst": "Worst quality", "map": "Map: what looks alike lies together"}
 _STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse}"
           "td,th{border-bottom:1px solid #d0d7de;padding:.25rem .75rem;text-align:left}h2{margin-top:2rem}</style>")
 
@@ -127,7 +129,7 @@ def list_sections(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {
         "What and how many": [{"what": name, "value": value} for name, value in overview.items()],
         "Classes and splits": wide, "Where the labels come from": _rows(facts["labels_by"], "by"), "Where the images come from": _rows(facts["sources"], "folder"),
-        "Cameras": _rows(facts["cameras"], "camera"), "Duplicates": _rows(facts["duplicates"], "kind"), "Tags": _rows(facts["tags"], "tag"),
+        "Cameras": _rows(facts["cameras"], "camera"), "Duplicates": _rows(facts["duplicates"], "kind"), "Tags": _rows(facts["tags"], "tag"), "Saved views": _rows(facts["views"], "view"),
         "Quality and size": [{"measure": name, **spread} for name, spread in {**facts["quality"], "width": facts["width"], "height": facts["height"]}.items()],
     }
 

@@ -27,6 +27,7 @@ from ..snapshots import digest_table, find_snapshot, locked, make_current, open_
 from ..splits import SPLITS
 from ..store import Store, open_writer, write_samples
 from .corrections import find_ids
+from .decisions import cut_views, read_views
 from .events import INTENT, append_event, list_forgotten, read_events
 from .history import list_versions
 from .objects import Objects, Report, push_objects, read_listing, read_pointer
@@ -207,14 +208,15 @@ def _rewrite_shards(folder: Path, images: set[str]) -> dict[str, str]:
 def _rewrite_version(settings: Settings, snapshot: Snapshot, images: set[str], shards: dict[str, str], names: dict[str, str]) -> Snapshot:
     table = open_snapshot(snapshot).table
     table = table[~table["sha256"].isin(images)].reset_index(drop=True)
-    part = write_samples(table, settings.versioned/"samples"/"next.part")
+    views = cut_views(read_views(settings.root/snapshot.samples), table["id"])
+    part = write_samples(table, settings.versioned/"samples"/"next.part", views)
     name = digest_table(part)[:12]
     os.replace(part, part.with_name(f"{name}.parquet"))
     inside = table[table["split"] != "none"]
     moved = [shards.get(Path(shard).name, Path(shard).name) for shard in snapshot.shards]
     new = replace(snapshot, id=name, samples=f"data/samples/{name}.parquet", shards=[f"data/shards/{shard}" for shard in moved if shard], count=len(inside),
                   classes=sorted(set(inside["label"]) - {""}), splits={s: int(n) for s in SPLITS if (n := (table["split"] == s).sum())},
-                  parent=names.get(snapshot.parent, snapshot.parent))
+                  parent=names.get(snapshot.parent, snapshot.parent), views={view: len(found["ids"]) for view, found in views.items()})
     write_atomic(settings.versioned/"snapshots"/f"{name}.json", dump_json(new.to_dict()))
     return new
 

@@ -16,6 +16,7 @@ from ...core.settings import Settings, load_settings
 from ..cli import LOOP, Dry, Json, Option, app
 from ..replies import Reply
 from ..runs import find_log, find_run
+from .correcting import correct_here   # noqa: F401 - a name of the face
 
 # %% ../../../nbs/api/loop/checking/00_init.ipynb #ddd6a382
 @app.command(rich_help_panel=LOOP)

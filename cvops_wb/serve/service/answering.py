@@ -14,6 +14,8 @@ from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from ...core.errors import BadImage
 from ..inference import Answer
 from ..limits import BadRequest, Upload, explain, list_images
@@ -25,13 +27,18 @@ from .state import State
 
 # %% ../../../nbs/api/serve/service/03_answering.ipynb #61afb6fd
 async def work(app: State, request: Request, job: Callable[[], Reply]) -> Reply:
-    "Do something in one of the threads that look at images; `BadRequest` 429 if they and the line before them are full."
+    "Do something in one of the threads that look at images; `BadRequest` 429 if they and the line before them are full, 504 if it takes too long."
     app.gate.enter()
     request.parts.append(("receive", request.begin, perf_counter()))
     def do() -> Reply:
         try: return job()
         finally: app.gate.leave()
-    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(app.pool, do))
+    begun = app.pool.submit(do)
+    try:
+        async with asyncio.timeout(app.settings.timeout): return await asyncio.shield(asyncio.wrap_future(begun))
+    except TimeoutError:
+        if begun.cancel(): app.gate.leave()     # else its place is taken until the thread ends, for it still works
+        raise BadRequest(504, "timeout", f"the answer took longer than {app.settings.timeout:g} s", "try again, or raise [serve] timeout", {"retry-after": "1"}) from None
 
 def look(app: State, upload: Upload, request: Request, several: bool = False) -> Reply:
     "In a thread: an answer as JSON; several, each with its own answer or refusal, if there are more images or more are expected."
@@ -118,7 +125,7 @@ def note(app: State, request: Request, loaded: Loaded, row: Mapping[str, Any]) -
 
 def tell_answer(answer: Answer, classes: list[str]) -> dict[str, Any]:
     "Label, confidence, the five best, all scores, and what the task adds."
-    scores = [round(float(score), 6) for score in answer.scores]
-    best = answer.scores.argsort()[::-1][:5]
+    scores = answer.scores.astype(np.float64).round(6).tolist()
+    best = answer.scores.argsort()[:-6:-1].tolist()
     return {"label": answer.label, "confidence": round(answer.confidence, 6), "top": [{"label": classes[k], "score": scores[k]} for k in best],
             "scores": dict(zip(classes, scores, strict=True)), **answer.more}

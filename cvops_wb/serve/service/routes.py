@@ -10,6 +10,7 @@ __all__ = ['GET', 'ALWAYS', 'LOCAL', 'NEVER', 'POST', 'ROUTES', 'handle', 'refus
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -39,6 +40,7 @@ async def handle(app: State, request: Request, send: Callable) -> None:
     app.metrics.count(path, reply.status, app.version, perf_counter() - request.begin, request.id)     # before the caller can ask for it
     if app.tracer and request.parts:
         app.tracer.tell(f"{request.method} {path}", request.begin, request.parts, {"cvops.request_id": request.id, "http.response.status_code": reply.status}, request.headers, reply.status >= 500)
+    if app.closing: reply = replace(reply, headers={**reply.headers, "connection": "close"})
     await send_reply(send, reply, request, app.settings.max_bytes)
 
 def refuse(app: State, request: Request, error: BadRequest | BadImage) -> Reply:
@@ -57,6 +59,7 @@ async def find_reply(app: State, request: Request) -> Reply:
     if route: return await answer_v2(app, request, route)
     if request.path in ("/predict", "/predict/batch"): return await predict(app, request, request.path != "/predict")
     if request.path == "/explain": return await explain_image(app, request)
+    if request.path == "/readyz" and app.closing: raise BadRequest(503, "closing", "the service ends", "ask another, or come again later", {"retry-after": "1"})
     if request.path == "/v1/models": return to_reply({"models": [app.about], "versions": list_callable(app)})
     if request.path == "/feedback": return await take_feedback(app, request)
     if request.path != "/metrics": return app.fixed[request.path]

@@ -47,6 +47,7 @@ class State:
         self.threads = count_threads(settings.threads, settings.workers)
         self.uploads, self.gate, self.explaining = Gate(UPLOADS), Gate(self.threads*(1 + WAITING)), Gate(1)
         self.on_start: Callable[[], Any] = lambda: None
+        self.closing = False    # told to end: callers are sent elsewhere
 
     def start(self) -> None:
         "Verify and load the model, open the log; `BadModel` if a file is not what it was."
