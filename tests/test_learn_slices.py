@@ -84,7 +84,7 @@ def test_a_regression_in_one_slice_is_always_refused(by, lost):
     whole = 0
     for _ in range(100 if FULL else 12):
         ours, theirs = answer(rng, 1500, .06)
-        ours = np.where(inside, ours & (rng.random(1500) >= lost), ours | (rng.random(1500) < .6))   # better everywhere else
+        ours = np.where(inside, ours & (rng.random(1500) >= lost), ours | (rng.random(1500) < .8))   # better everywhere else
         ours, theirs = table.assign(correct=ours), table.assign(correct=theirs)
         whole += rule_champion(compare(ours, theirs), gate)["passed"]
         slices = compare_slices(ours, theirs)
