@@ -11,7 +11,7 @@ from cvops_wb.learn.networks import NETWORKS, build_network
 from cvops_wb.learn.networks.vision import list_architectures
 
 MEMBERS = [*(n for n in NETWORKS if n not in ("torchvision", "timm")), "timm:resnet18", "torchvision:resnet18", "torchvision:shufflenet_v2_x0_5"]
-TASK = {"heatmap": "detection", "encoder_decoder": "segmentation"}     # of the others: classification
+TASK = {"heatmap": "detection", "encoder_decoder": "segmentation", "patches": "anomaly"}     # of the others: classification
 
 
 @pytest.mark.parametrize("name", [name for name in MEMBERS if name not in TASK])
@@ -20,7 +20,8 @@ def test_contract(name):
     network = build_network(name, classes=5, size=64).eval()
     images = torch.zeros(2, 3, 64, 64)
     with torch.no_grad(): embedding, logits = network.features(images), network(images)
-    assert logits.shape == (2, 5) and embedding.ndim == 2 and torch.allclose(network.head(embedding), logits)
+    tell = network.vote if name == "knn" else network.head     # neighbours vote, nothing is weighed
+    assert logits.shape == (2, 5) and embedding.ndim == 2 and torch.allclose(tell(embedding), logits)
     assert len(network.mean) == len(network.std) == 3
 
 
@@ -33,7 +34,7 @@ def test_contract_of_what_looks_at_places(name):
     network = build_network(name, classes=task.count(list("abcde")), size=64).eval()
     with torch.no_grad(): first, embedding = network.answer(torch.rand(2, 3, 64, 64))
     assert network.task == TASK[name] and len(network.mean) == len(network.std) == 3
-    wanted = {"detection": (100, 6), "segmentation": (6, 64, 64)}[network.task]
+    wanted = {"detection": (100, 6), "segmentation": (6, 64, 64), "anomaly": (16, 16)}[network.task]
     assert first.shape == (2, *wanted) and embedding.ndim == 2 and len(embedding) == 2
     told = open_session(to_onnx(network, 64, task.outputs)).run(None, {"images": np.zeros((2, 64, 64, 3), np.uint8)})
     assert [part.shape for part in told] == [tuple(first.shape), tuple(embedding.shape)]

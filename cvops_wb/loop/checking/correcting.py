@@ -7,17 +7,17 @@ __all__ = ['choose_samples', 'correct_here']
 
 # %% ../../../nbs/api/loop/checking/02_correcting.ipynb #f559ea95
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import BadInput, UnknownName
 from ...core.settings import load_settings
 
+if TYPE_CHECKING: import pandas as pd     # `cvops --help` does without
+
 
 # %% ../../../nbs/api/loop/checking/02_correcting.ipynb #78614402
 def choose_samples(
-    table: pd.DataFrame,                    # id, label, split
+    table: "pd.DataFrame",                    # id, label, split
     views: Mapping[str, Iterable[str]],     # saved views: name → ids
     ids: Iterable[str] = (),                # or their beginnings
     view: str = "",
