@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -278,22 +278,30 @@ def test_one_of_two_workers_killed(bench, bento):
             def kill(killed=killed, before=before):
                 os.kill(min(before), signal.SIGKILL)
                 killed.append(time.monotonic())
-            watch = threading.Thread(target=lambda killed=killed, before=before: took.append(wait_for_another(process, log, before) - killed[0]))
+
+            def wait(killed=killed, before=before):
+                while not killed: time.sleep(.01)
+                took.append(wait_for_another(port, process, log, before) - killed[0])
+            watch = threading.Thread(target=wait)
             watch.start()
             replies, _ = end_under_load(port, 100., 9., kill)
             watch.join()
+            assert took[-1] < 60, "no worker has followed the killed one"
             failed += sum(reply.status not in (200, 429) for reply in replies)
             assert all(reply.wait < 10 for reply in replies) and all(reply.status in (0, 200, 429) for reply in replies)
             assert sum(reply.status == 200 for reply in replies) > .9*len(replies)
     say(f"\n{times} of two workers killed at 100 requests a second: the new one answers after {np.median(took):.1f} s, at most {max(took):.1f}; {failed} requests were in the killed one's hands")
 
 
-def wait_for_another(process, log: Path, before: set[int]) -> float:
-    "When a worker that was not there before has answered: its part of the log has a line."
-    while True:
+def wait_for_another(port: int, process, log: Path, before: set[int]) -> float:
+    "When a worker that was not there before has answered: its part of the log has a line; after a minute, never."
+    request = make_requests(1)[0]
+    for _ in range(1200):
+        with closing(Wire(port)) as wire: wire.ask(request)     # a connection of its own: kept ones stay with the worker that they have
         for path in log.glob("*.jsonl"):
             if int(path.stem.rpartition("-")[2]) not in before | {0} and path.stat().st_size and int(path.stem.rpartition("-")[2]) in find_workers(process): return time.monotonic()
-        time.sleep(.02)
+        time.sleep(.05)
+    return float("inf")
 
 
 # ── for an hour ──
