@@ -105,7 +105,9 @@ def decode_bare(paths: list[Path]) -> float:
 
 def run_ours(paths: list[Path]) -> tuple[float, list[tuple[str, str]]]:
     "Seconds from files to pairs, and the pairs."
-    from cvops_wb.data.duplicates import NEAR, draw_thumbs, match_thumbs
+    from cvops_wb.data.duplicates import match_thumbs
+    from cvops_wb.data.near.checks import NEAR
+    from cvops_wb.data.near.thumbs import draw_thumbs
     start = time.perf_counter()
     found = match_thumbs(draw_thumbs(len(paths), lambda place: paths[place].read_bytes()), likeness=NEAR)
     seconds = time.perf_counter() - start
@@ -121,7 +123,7 @@ def run_peer(python: Path, method: str, folder: Path) -> tuple[float, list[tuple
 
 def judge(pairs: list[tuple[str, str]], names: list[str]) -> dict[str, float]:
     "Precision of pairs, and recall of weak and of strong changes: is each in the group of its original?"
-    from cvops_wb.data.duplicates import join_groups
+    from cvops_wb.data.near.candidates import join_groups
     where = {name: k for k, name in enumerate(names)}
     first = join_groups(len(names), [(where[a], where[b]) for a, b in pairs])
     right = sum(a[:5] == b[:5] for a, b in pairs)
@@ -177,7 +179,7 @@ def rate_large(folder: Path, runs: int) -> dict:
 
 def grow(count: int) -> dict:
     "Seconds for so many random hashes with planted pairs of 4 bits, in a process of its own."
-    code = ("import numpy as np, time, resource; from cvops_wb.data.duplicates import _find_self\n"
+    code = ("import numpy as np, time, resource; from cvops_wb.data.near.candidates import _find_self\n"
             f"n = {count}; rng = np.random.default_rng(0); h = rng.integers(0, 2**64, n, dtype=np.uint64); k = n//100\n"
             "flips = np.array([sum(1 << int(b) for b in rng.choice(64, 4, replace=False)) for _ in range(k)], dtype=np.uint64)\n"
             "h[-k:] = h[:k] ^ flips; _find_self(h[:100], 8); t = time.perf_counter(); p = _find_self(h, 8); t = time.perf_counter() - t\n"

@@ -1,10 +1,10 @@
-"""A release as users live it: a better grocery model is rolled out under load while its page is watched; two bad ones are rolled back by themselves.
+"""A release as users live it: another grocery model is rolled out under load while its page is watched; two bad ones are rolled back by themselves.
 
     python bench/release.py WORKBENCH [--quick] [--json FILE] [--photos DIR] [--shots DIR]
 
-WORKBENCH has a packaged model of the grocery photographs and a second registered version (`cvops train`, `evaluate`, `register`, twice). All happens in a copy, with a real service,
+WORKBENCH has two registered models of the grocery photographs (`cvops train`, `evaluate`, `register`, twice). The less accurate of them is made champion and packaged, the other is rolled out. All happens in a copy, with a real service,
 real clients on four threads without a second try, feedback with the truth after each answer, the page `rollout` open in Chromium, and `cvops rollout start` as a person types it.
-Then two bad versions are planted in the copy's registry: one whose graph exchanges red and blue before it looks, so that it answers, quickly and wrongly, and one that cannot answer one
+Then two bad versions are planted in the copy's registry: one whose first layer takes blue for red, so that it answers as quickly as before, and wrongly, and one that cannot answer one
 photograph in three. For the first of them nobody tells the truth: what is seen are its doubts and its answers. Peers do not exist without Kubernetes: their column is empty.
 """
 import argparse
@@ -27,16 +27,16 @@ import numpy as np
 
 REPO = Path(__file__).parents[1]
 CVOPS = Path(sys.executable).parent/"cvops"
-SETTINGS = {"CVOPS_ROLLOUT_STEP_SECONDS": "3", "CVOPS_ROLLOUT_HOLD": "4", "CVOPS_ROLLOUT_WRONG_MARGIN": "0.05"}
+SETTINGS = {"CVOPS_ROLLOUT_STEP_SECONDS": "3", "CVOPS_ROLLOUT_HOLD": "4", "CVOPS_ROLLOUT_WRONG_MARGIN": "0.1"}
 
 
 def swap_colours(model):
-    "A graph that exchanges red and blue of what it is given."
-    from onnx import helper, numpy_helper
-    graph, name = model.graph, model.graph.input[0].name
-    graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0]), "planted_order"))
-    for node in graph.node: node.input[:] = ["planted_swapped" if each == name else each for each in node.input]
-    graph.node.insert(0, helper.make_node("Gather", [name, "planted_order"], ["planted_swapped"], axis=3))
+    "A graph whose first layer takes blue for red, and costs no more than before."
+    from onnx import numpy_helper
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if values.ndim == 4 and values.shape[1] == 3: return tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values[:, ::-1]), tensor.name))
+    raise SystemExit("no layer of this network looks at colours")
 
 
 def fail_sometimes(model):
@@ -49,12 +49,12 @@ def fail_sometimes(model):
                        helper.make_node("Gather", ["planted_table", "planted_rest"], ["planted_one"]), helper.make_node("Mul", ["planted_logits", "planted_one"], ["logits"])])
 
 
-def plant(settings, number, change):
-    "A version of the registry made from the champion's challenger, with a changed graph."
+def plant(settings, number, like, change):
+    "A version of the registry made from a good one, with a changed graph."
     import onnx
 
     from cvops_wb.learn import find_version, registry
-    good = find_version(2)
+    good = find_version(like)
     folder = settings.root/Path(good.model).with_name(str(number))
     shutil.copytree(settings.root/good.model, folder)
     for path in folder.iterdir(): path.chmod(0o644)
@@ -68,6 +68,17 @@ def plant(settings, number, change):
     value = {**registry._to_body(good), "version": number, "alias": "", "model": folder.relative_to(settings.root).as_posix(),
              "manifest_sha256": hashlib.sha256((folder/"manifest.json").read_bytes()).hexdigest()}
     with registry.locked(settings): registry.append_event(settings, event="registered", by="bench", **value)
+
+
+def prepare(settings):
+    "The less accurate of two versions is champion and packaged; it, the other, and the first free number."
+    from cvops_wb.learn import list_versions, move_alias
+    table = list_versions().sort_values("accuracy").tail(2)
+    old, new = (int(number) for number in table["version"])
+    if table["alias"].iloc[0] != "champion": move_alias("champion", old, by="bench")
+    done = subprocess.run([CVOPS, "package"], cwd=settings.root, capture_output=True, text=True)
+    if done.returncode: raise SystemExit(done.stdout + done.stderr)
+    return old, new, int(list_versions()["version"].max()) + 1
 
 
 def read_photos(folder):
@@ -153,15 +164,15 @@ def row(measure, ours, goal="told", met=None, runs=1, note=""):
     return {"measure": measure, "ours": None if ours is None else float(f"{ours:.4g}"), "peer": None, "peer_name": "", "ratio": None, "goal": goal, "met": met, "runs": runs, "note": note}
 
 
-def judge(good, bad, load, photos):
+def judge(good, bad, load, old, new):
     "Rows of the bench."
     def share(version):
         right = [a[3] for a in load.answers if a[2] == version]
         return float(np.mean(right)) if right else None
-    rows = [row("the better version is promoted, exit status", good["code"], "0", good["code"] == 0, good["requests"], good["state"]["reason"] + f"; {good['seconds']:.0f} s"),
-            row("accuracy that callers got from version 1", share(1), runs=len(photos)), row("accuracy that callers got from version 2", share(2), runs=len(photos))]
+    rows = [row(f"version {new} is promoted, exit status", good["code"], "0", good["code"] == 0, good["requests"], good["state"]["reason"] + f"; {good['seconds']:.0f} s"),
+            *(row(f"accuracy that callers got from version {each}", share(each), runs=sum(a[2] == each for a in load.answers)) for each in (old, new))]
     for name, told in bad.items():
-        rows += [row(f"{name}: rolled back by itself, exit status", told["code"], "3", told["code"] == 3 and told["state"]["champion"]["version"] == 2, told["requests"], told["state"]["reason"] + f"; {told['seconds']:.0f} s"),
+        rows += [row(f"{name}: rolled back by itself, exit status", told["code"], "3", told["code"] == 3 and told["state"]["champion"]["version"] == (new if good["code"] == 0 else old), told["requests"], told["state"]["reason"] + f"; {told['seconds']:.0f} s"),
                  row(f"{name}: answers that callers got from it, of all in this time", told["ours"]/max(told["requests"], 1), "told", None, told["requests"], f"{told['wrong_ours']} of {told['ours']} were wrong"),
                  row(f"{name}: the page said so", float("rolled back" in told["page"][-1][0]), "1", "rolled back" in told["page"][-1][0], 1, " → ".join(title.replace("\n", " ") for title, _ in told["page"]))]
     times = np.array([a[1] for a in load.answers])
@@ -190,8 +201,9 @@ def main():
         shutil.copytree(given.workbench, root, symlinks=True, ignore=shutil.ignore_patterns("remote", "cache"))
         os.environ["CVOPS_ROOT"] = str(root)
         settings = load_settings(root)
-        plant(settings, 3, swap_colours)
-        plant(settings, 4, fail_sometimes)
+        old, new, first = prepare(settings)
+        plant(settings, first, new, swap_colours)
+        plant(settings, first + 1, new, fail_sometimes)
         from cvops_wb.watch import dashboard_running
         child, url = serve(root)
         try:
@@ -202,15 +214,15 @@ def main():
                 tab.wait_for_selector(".wb h1", timeout=60_000)
                 good, bad = None, {}
                 if not given.quick:
-                    good = roll_out(root, 2, load, tab, given.shots, 400)
+                    good = roll_out(root, new, load, tab, given.shots, 400)
                     load.tells = False
-                    bad["red and blue exchanged, no truth told"] = roll_out(root, 3, load, tab, given.shots, 200)
-                bad["a third cannot be answered"] = roll_out(root, 4, load, tab, given.shots, 200)
+                    bad["red and blue exchanged, no truth told"] = roll_out(root, first, load, tab, given.shots, 200)
+                bad["a third cannot be answered"] = roll_out(root, first + 1, load, tab, given.shots, 200)
                 browser.close()
         finally:
             child.send_signal(signal.SIGINT)
             child.wait(30)
-        rows = judge(good, bad, load, photos) if good else judge({"code": 0, "requests": 0, "state": {"reason": "left out"}, "seconds": 0}, bad, load, photos)[1:]
+        rows = judge(good, bad, load, old, new) if good else judge({"code": 3, "requests": 0, "state": {"reason": "left out"}, "seconds": 0}, bad, load, old, new)[1:]
     print("| measure | ours | goal | met | note |\n|---|---:|---|---|---|")
     for r in rows: print("|", " | ".join("" if v is None else str(v) for v in (r[k] for k in ("measure", "ours", "goal", "met", "note"))), "|")
     if given.json: given.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The service beside a bare loop of decode and ONNX Runtime, and beside FastAPI, plain BentoML, LitServe, MLServer and `mlflow models serve`.
 
-    python bench/serve.py [--quick] [--json FILE] [--rounds N] [--seconds S] [--parts resnet18 null ready] [--peers NAME …]
+    python bench/serve.py [--quick] [--json FILE] [--rounds N] [--seconds S] [--parts resnet18 null ready predict] [--peers NAME …]
 
 Each server has the first core to itself and the caller the last one; every other server is stopped (SIGSTOP) meanwhile. All use the ONNX file and
 the decode of bench/serving/engine.py, in environments of their own (`make bench-peers`). `one client` is an open loop at half of what the bare
@@ -33,6 +33,7 @@ PEERS, SERVING = REPO/".cvops"/"peers", REPO/"bench"/"serving"
 FIRST, LAST = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 NAMES = ["fastapi", "bentoml", "litserve", "mlserver", "mlflow"]
 OURS, CLIENTS = "cvops", 8
+PARTS = ["resnet18", "null", "ready", "predict"]
 
 
 def find_port() -> int:
@@ -323,13 +324,43 @@ def measure_ready(onnx: Path, folder: Path, photos: list[bytes], rounds: int) ->
              "note": f"the goal beyond: 3 s; {'met' if ours <= 3 else 'not met'}"}]
 
 
+PREDICT = """
+import sys, time
+from pathlib import Path
+from cvops_wb.serve import Classifier, list_pictures, predict_pictures, verify_model
+engine = Classifier(verify_model(Path(sys.argv[1])))
+pictures = list_pictures(sys.argv[2])
+begin = time.perf_counter()
+done = predict_pictures(engine, pictures, Path(sys.argv[3]))
+print((done.images - done.failed)/(time.perf_counter() - begin))
+"""
+
+
+def measure_predict(onnx: Path, folder: Path, photos: list[bytes], rounds: int, seconds: float) -> list[dict]:
+    "`cvops predict` on a folder, from files to its Parquet table, beside the bare loop on images in memory; one core each, turn about."
+    import onnx as library
+    from serve_toy import write_model
+    write_model(folder/"predict-model", library.load(onnx), **json.loads(onnx.with_suffix(".json").read_text()))
+    first, ours, bare = run_bare(onnx, folder/"photos", 0, 1.5), [], []
+    (folder/"many").mkdir()
+    for number in range(int(seconds*len(first["waits"])/first["seconds"]) + 1): (folder/"many"/f"{number:05}.jpg").write_bytes(photos[number % len(photos)])
+    for _ in range(rounds):
+        found = run_bare(onnx, folder/"photos", 0, seconds)
+        bare.append(len(found["waits"])/found["seconds"])
+        with pinned(FIRST): done = subprocess.run([sys.executable, "-c", PREDICT, folder/"predict-model", folder/"many", folder/"out.parquet"], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        ours.append(float(done.stdout))
+    mine, peer = statistics.median(ours), statistics.median(bare)
+    return [{"measure": "resnet18: cvops predict, images a second", "ours": round(mine, 2), "peer": round(peer, 2), "peer_name": "bare loop", "ratio": round(mine/peer, 3), "goal": ">= 0.9", "met": mine >= .9*peer, "runs": rounds,
+             "note": f"{len(list((folder/'many').iterdir()))} files; with the table written"}]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float)
-    parser.add_argument("--parts", nargs="*", default=["resnet18", "null", "ready"], choices=["resnet18", "null", "ready"])
+    parser.add_argument("--parts", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--peers", nargs="*", choices=NAMES)
     given = parser.parse_args()
     names = given.peers if given.peers is not None else ["fastapi"] if given.quick else NAMES
@@ -344,6 +375,9 @@ def main():
             if part == "ready":
                 if given.quick: continue
                 rows += measure_ready(models["null"], folder, photos, 3)
+                continue
+            if part == "predict":
+                rows += measure_predict(models["resnet18"], folder, photos, rounds, 1. if given.quick else 4*seconds)
                 continue
             with pinned(LAST): rows += to_rows(part, compare(part, models[part], names, folder, photos, rounds, seconds, 0. if part == "resnet18" else 100.))
     for row in rows: print(f"| {row['measure']} | {row['ours']} | {row['peer']} | {row['peer_name']} | {row['ratio']} | {row['goal']} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} | {row['note']} |", flush=True)

@@ -29,10 +29,10 @@ from cvops_wb.core.processes import hush; hush()
 from cvops_wb.core.settings import load_settings
 settings = load_settings()
 if what == "monitor":
-    from cvops_wb.core.records import Bento
+    from cvops_wb.core.records import parse_record
     from cvops_wb.watch import MonitorSpec, monitor
     out = Path(root)/"out"; out.mkdir(exist_ok=True)
-    bento = Bento(**json.loads((Path(root)/"bento.json").read_text()))
+    bento = parse_record(json.loads((Path(root)/"bento.json").read_text()))
     start = time.perf_counter(); monitor(".cvops/store/predictions", bento, MonitorSpec(report=False), out)
 elif what == "count":
     from cvops_wb.watch import count_log
@@ -98,7 +98,7 @@ def make_bench(root, tables, reference, rows):
     os.environ["CVOPS_ROOT"] = str(root)
     settings = load_settings(root)
     bento = make_bento(settings, 1, reference)
-    (root/"bento.json").write_text(json.dumps({name: getattr(bento, name) for name in bento.__dataclass_fields__}))
+    (root/"bento.json").write_text(json.dumps(bento.to_dict()))
     write_segments(settings.store/"predictions", tables, rows//SEGMENT, time.time() - 600)
     return settings
 

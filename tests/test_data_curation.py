@@ -21,9 +21,11 @@ from cvops_wb.data.curation import (
     has_tag,
     split_samples,
 )
-from cvops_wb.data.duplicates import NEAR, SCENE, find_candidates, find_pairs, join_groups, pick_representatives
+from cvops_wb.data.duplicates import find_pairs, pick_representatives
 from cvops_wb.data.images import inspect_image
 from cvops_wb.data.intake import IngestSpec, ingest
+from cvops_wb.data.near.candidates import find_candidates, join_groups
+from cvops_wb.data.near.checks import NEAR, SCENE
 from cvops_wb.data.quality import QUALITY, flag_quality, measure_oddness
 from cvops_wb.data.splits import find_leaks, has_split, link_bursts, split_given, split_grouped
 from cvops_wb.data.store import read_samples

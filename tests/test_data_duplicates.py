@@ -6,15 +6,13 @@ import pytest
 from PIL import Image
 
 from cvops_wb.data import duplicates
-from cvops_wb.data.duplicates import (
-    NEAR,
-    draw_thumbs,
-    find_candidates,
-    hash_views,
-    join_groups,
-    match_hashes,
-    match_thumbs,
-)
+from cvops_wb.data.duplicates import match_thumbs
+from cvops_wb.data.near import candidates as search
+from cvops_wb.data.near import checks, views
+from cvops_wb.data.near.candidates import find_candidates, join_groups, match_hashes
+from cvops_wb.data.near.checks import NEAR, measure_pairs
+from cvops_wb.data.near.thumbs import draw_thumb, draw_thumbs, read_jpeg_size
+from cvops_wb.data.near.views import hash_views, list_views, place_view
 
 TRANSPOSES = [None, *Image.Transpose]
 STRONG = {
@@ -62,12 +60,12 @@ def test_strong_changes_are_found(change, least, photographs):
 
 def test_one_hash_of_the_whole_would_miss_crops(photographs, monkeypatch):
     "Without the views most corners are lost: the test above does not pass by chance."
-    monkeypatch.setattr(duplicates, "list_views", lambda: np.array([(0, 0, 1, 0)], dtype=np.float32))
+    monkeypatch.setattr(views, "list_views", lambda: np.array([(0, 0, 1, 0)], dtype=np.float32))
     files = [save(image) for image in photographs] + [save(image.crop((0, 0, image.width*3//4, image.height*3//4))) for image in photographs]
-    duplicates._waves.cache_clear()
+    views._waves.cache_clear()
     alone = len(match_thumbs(draw_thumbs(len(files), files.__getitem__), likeness=.8))
     monkeypatch.undo()
-    duplicates._waves.cache_clear()
+    views._waves.cache_clear()
     assert alone < len(match_thumbs(draw_thumbs(len(files), files.__getitem__), likeness=.8))
 
 
@@ -124,14 +122,58 @@ def test_without_a_look_at_chance_it_would_be(digits, monkeypatch):
 def candidates(photographs):
     "Pictures, and pairs of them in all views and turns, like or not."
     thumbs, rng = np.stack([np.asarray(image.resize((32, 32))) for image in photographs]), np.random.default_rng(0)
-    return thumbs, np.stack([rng.integers(0, most, 300) for most in (len(thumbs), len(duplicates.list_views()), 8, len(thumbs), 8, 13)], axis=1)
+    return thumbs, np.stack([rng.integers(0, most, 300) for most in (len(thumbs), len(list_views()), 8, len(thumbs), 8, 13)], axis=1)
+
+
+def lay_over(
+    thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
+    pairs: np.ndarray,      # (K, 6) from `find_views`
+) -> tuple[np.ndarray, np.ndarray]:
+    "The view of a and the picture b, both upright, each colour with mean zero, length one: float32 (K, S, S, 3)."
+    one, other = thumbs[pairs[:, 0]].astype(np.float32), thumbs[pairs[:, 3]].astype(np.float32)
+    for view in np.unique(pairs[:, 1]):
+        here = np.flatnonzero(pairs[:, 1] == view)
+        if view: one[here] = _draw_view(one[here], int(view))
+    return _normalise(checks._upright(one, pairs[:, 2])), _normalise(checks._upright(other, pairs[:, 4]))
+
+
+def _draw_view(pictures: np.ndarray, view: int) -> np.ndarray:
+    places, weights = place_view(list_views()[view], pictures.shape[1])
+    flat = pictures.reshape(len(pictures), -1, 3)
+    return sum(flat[:, place]*weight[:, None] for place, weight in zip(places, weights, strict=True)).reshape(pictures.shape)
+
+
+def _normalise(pictures: np.ndarray) -> np.ndarray:
+    pictures = pictures - pictures.mean((1, 2), keepdims=True)     # of each colour: two piles of orange things are not alike
+    return pictures/np.maximum(np.sqrt(np.einsum("kijc,kijc->k", pictures, pictures)), 1e-6)[:, None, None, None]
+
+
+def explain(
+    one: np.ndarray,        # (K, S, S, 3) with mean zero and length one
+    other: np.ndarray,
+) -> np.ndarray:
+    "How much of the other picture this one explains when it is moved a little, -1…1: float32 (K,)."
+    down, right = np.gradient(one, axis=(1, 2))
+    side = one.shape[1]
+    across = ((np.arange(side, dtype=np.float32) - (side - 1)/2)/(side/2))[:, None]
+    along = across[:, :, None]
+    parts = np.stack([one, right, down, right*across, down*along, right*along, down*across], axis=1).reshape(len(one), 7, -1)
+    aim = other.reshape(len(one), -1, 1)
+    gram = parts@parts.transpose(0, 2, 1) + np.diag([0, *[1e-4]*6]).astype(np.float32) + 1e-9*np.eye(7, dtype=np.float32)
+    moved = np.linalg.solve(gram, parts@aim).transpose(0, 2, 1)@parts
+    return (moved@aim)[:, 0, 0]/np.maximum(np.linalg.norm(moved, axis=2)[:, 0], 1e-6)
+
+
+def explain_both(thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    one, other = lay_over(thumbs, pairs)
+    return np.maximum(explain(one, other), explain(other, one))
 
 
 def in_numpy(kernel: str, thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     "What the compiled kernels compute, said step by step."
-    if kernel == "correlate": return duplicates._correlate(thumbs, pairs)
+    if kernel == "correlate": return np.einsum("kijc,kijc->k", *lay_over(thumbs, pairs))
     whole = np.where(np.arange(6) == 1, 0, pairs)
-    return np.maximum(duplicates._explain_both(thumbs, pairs), duplicates._explain_both(thumbs, whole))
+    return np.maximum(explain_both(thumbs, pairs), explain_both(thumbs, whole))
 
 
 @pytest.mark.parametrize("kernel", ["correlate", "look_closer"])
@@ -139,7 +181,7 @@ def in_numpy(kernel: str, thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 def test_compiled_kernels_agree_with_numpy(kernel, side, candidates):
     thumbs, pairs = candidates
     small = thumbs.reshape(-1, side, 32//side, side, 32//side, 3).mean((2, 4), dtype=np.float32)
-    got, want = duplicates.measure_pairs(kernel, thumbs, pairs, side), in_numpy(kernel, small, pairs)
+    got, want = measure_pairs(kernel, thumbs, pairs, side), in_numpy(kernel, small, pairs)
     assert abs(got - want).max() < 1e-4 and np.ptp(want) > .5
     planted = np.roll(pairs, 1, axis=0)     # another pair's answer is not near
     assert abs(got - in_numpy(kernel, small, planted)).max() > .1
@@ -152,8 +194,8 @@ def test_buckets_leave_out_what_a_hash_finds_of_itself():
 
 
 def test_all_of_a_large_group_of_equal_hashes_are_joined():
-    pairs = find_candidates(["f0f0f0f0f0f0f0f0"]*(duplicates.ALL_PAIRS + 1))
-    assert (join_groups(duplicates.ALL_PAIRS + 1, pairs[:, :2].tolist()) == 0).all()
+    pairs = find_candidates(["f0f0f0f0f0f0f0f0"]*(search.ALL_PAIRS + 1))
+    assert (join_groups(search.ALL_PAIRS + 1, pairs[:, :2].tolist()) == 0).all()
 
 
 @pytest.mark.parametrize("size, turn", [((348, 300), 1), ((1000, 700), 6), ((90, 80), 1), ((2000, 1500), 8)])
@@ -161,7 +203,7 @@ def test_the_fast_decoder_sees_what_pillow_sees(size, turn, photographs):
     image, exif, out = photographs[0].resize(size), Image.Exif(), io.BytesIO()
     exif[0x112] = turn
     image.save(out, "JPEG", quality=90, exif=exif)
-    assert duplicates.read_jpeg_size(out.getvalue()) == size
+    assert read_jpeg_size(out.getvalue()) == size
     want = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(float)
-    assert abs(duplicates.draw_thumb(out.getvalue()) - want).mean() < 4
-    assert duplicates.read_jpeg_size(out.getvalue()[:30]) == duplicates.read_jpeg_size(b"no image") == (0, 0)
+    assert abs(draw_thumb(out.getvalue()) - want).mean() < 4
+    assert read_jpeg_size(out.getvalue()[:30]) == read_jpeg_size(b"no image") == (0, 0)

@@ -21,6 +21,7 @@ from serve_toy import CLASSES, photograph, register_toy, write_model
 from cvops_wb.core.processes import answers, free_port, wait_until
 
 FULL = bool(os.environ.get("CVOPS_FULL"))
+SIGTERMS = int(os.environ.get("CVOPS_SIGTERMS", "200"))     # of the campaign: 3 in 10 to the service, the others to a worker
 pytestmark = pytest.mark.slow
 FIRST, LAST = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 OBEY = "import sys; from cvops_wb.serve.launching import obey; {plant}; obey(sys.argv[1])"
@@ -230,7 +231,7 @@ def find_lost(replies: list[Reply]) -> list[Reply]:
 
 def test_a_service_that_is_told_to_end_answers_what_it_accepted(bench, bento):
     "SIGTERM to the service, again and again, with hundreds of requests a second under way."
-    times = 60 if FULL else 2
+    times = SIGTERMS*3//10 if FULL else 2
     lost, answered, refused = [], 0, 0
     for number in range(times):
         with serving(bench, bento, "log-term", workers=1 + number % 2) as (port, process, _):
@@ -245,7 +246,7 @@ def test_a_service_that_is_told_to_end_answers_what_it_accepted(bench, bento):
 
 def test_a_worker_that_is_told_to_end_loses_nothing(bench, bento):
     "SIGTERM to one of two workers, again and again: nobody finds the door closed."
-    times = 140 if FULL else 2
+    times = SIGTERMS - SIGTERMS*3//10 if FULL else 2
     lost, answered = [], 0
     with serving(bench, bento, "log-roll", workers=2) as (port, process, _):
         for number in range(times):
@@ -268,7 +269,7 @@ def test_no_drain_on_sigterm_is_found(bench, bento):
 
 def test_one_of_two_workers_killed(bench, bento):
     "The other goes on, nobody waits longer than the deadline, and the two are soon two again."
-    times, took, failed = 10 if FULL else 1, [], 0
+    times, took, failed = 5 if FULL else 1, [], 0
     with serving(bench, bento, "log-kill", workers=2, timeout="10") as (port, process, log):
         for _ in range(times):
             wait_until(lambda: len(find_workers(process)) == 2, process, "two workers")

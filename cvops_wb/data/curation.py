@@ -24,9 +24,12 @@ from ..core.files import hash_file, write_atomic
 from ..core.places import name_final
 from ..core.records import Batch, Selection
 from ..core.settings import Settings, load_settings
-from .duplicates import NEAR, SCENE, find_pairs, join_groups, pick_representatives
+from .duplicates import find_pairs, pick_representatives
 from .formats.objects import count_classes
 from .images import decode_image
+from .near.candidates import join_groups
+from .near.checks import NEAR, SCENE
+from .near.kept import THUMBS
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
@@ -143,7 +146,7 @@ def curate(
     decisions = read_decisions(settings)
     table = lay_tags(correct_labels(read_samples(batch.samples, settings), read_events(settings, "labels")), decisions)
     check_labels(table)
-    pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene)
+    pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene, spec.likeness, settings.cache/THUMBS)
     table = add_tags(table, **flag_quality(table))
     before = read_sides(find_before(batch, spec.before, settings), settings)
     table = lay_tags(group_samples(table, pairs, spec, before), decisions)      # also over what was found now

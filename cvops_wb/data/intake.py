@@ -30,7 +30,7 @@ from ..core.records import Batch
 from ..core.settings import Settings, load_settings
 from .formats import Item, Listing, explain_source, find_format
 from .formats.objects import count_classes
-from .images import decode_image, inspect_image
+from .images import decode_image, inspect_and_sketch
 from .store import Arrival, Store, commit, open_writer, read_blob, read_samples, stage, tabulate, write_samples
 
 # %% ../../nbs/api/data/03_intake.ipynb #c066b156
@@ -59,9 +59,9 @@ def look_at(
     arrival = replace(arrival, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
     if arrival.sha256 in store.forgotten: return replace(arrival, reason="forgotten", detail="erased on request; `cvops forget --allow` with its hash lets it in again")
     if arrival.sha256 in known and store.holds(arrival.sha256, data): return arrival
-    try: facts = inspect_image(data, settings.data.max_bytes, settings.data.max_megapixels)
+    try: facts, thumb = inspect_and_sketch(data, settings.data.max_bytes, settings.data.max_megapixels)
     except BadImage as e: return replace(arrival, reason=e.reason, detail=_tell(e), staged=stage(store, data, arrival.sha256))
-    return replace(arrival, facts=facts, staged=stage(store, data, arrival.sha256, facts.ext))
+    return replace(arrival, facts=facts, staged=stage(store, data, arrival.sha256, facts.ext), thumb=thumb)
 
 def _read(path: Path, most: int) -> bytes:
     with open(path, "rb", opener=_open_file) as file:
@@ -95,7 +95,7 @@ def take_in(
             new += commit(store, origin, chunk)
             acknowledge(chunk)
             known.update(arrival.sha256 for arrival in chunk if arrival.facts and not arrival.reason)
-            taken += [replace(arrival, staged=None) for arrival in chunk]
+            taken += [replace(arrival, staged=None, thumb=None) for arrival in chunk]
     finally: pool.shutdown(cancel_futures=True)
     return taken, new
 

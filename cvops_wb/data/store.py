@@ -17,12 +17,13 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ..core.errors import BadInput, BadRecord, CvopsError, NoRoom
@@ -32,6 +33,7 @@ from ..core.records import ADDED_COLUMNS, SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
 from .images import ImageFacts
+from .near.kept import THUMBS, Keeper
 from .shards import AHEAD, Prepacker, find_packed
 from .versions.events import list_forgotten
 
@@ -85,6 +87,7 @@ class Arrival:
     reason: str = ""                # why it was set aside
     detail: str = ""
     objects: str = ""               # what is where in it, as its source says
+    thumb: np.ndarray | None = field(default=None, repr=False, compare=False)   # its small picture, from the same decode
 
 _FACTS = [f.name for f in fields(ImageFacts)]
 _SCHEMA = f"""
@@ -107,6 +110,7 @@ class Store:
         self.root = (settings or load_settings()).store
         self.blobs, self.rejected, self.incoming = self.root/"blobs", self.root/"rejected", self.root/"incoming"
         self.packer: Prepacker | None = None    # a writer has one
+        self.keeper: Keeper | None = None       # likewise
         self.forgotten: set[str] = set()        # images that were erased, and are refused
 
     @cached_property
@@ -191,8 +195,10 @@ def open_writer(
             with _explaining(store.root): _recover(store)
             store.forgotten = list_forgotten(settings)
             store.packer = Prepacker(settings.cache/AHEAD, settings.data.min_free_mb*1e6)
+            store.keeper = Keeper(settings.cache/THUMBS, settings.data.min_free_mb*1e6)
             yield store
             store.packer.close()
+            store.keeper.close()
         finally:
             if store.packer: store.packer.close(finish=False)
             try: _sweep(store)
@@ -248,6 +254,7 @@ def commit(
         except BaseException:
             if journal.in_transaction: journal.execute("rollback")
             raise
+    for a in arrivals if store.keeper else (): a.thumb is None or store.keeper.add(a.sha256, a.thumb)
     if store.packer: store.packer.add((a.sha256, a.facts.ext, a.size, store.blobs/a.sha256[:2]/f"{a.sha256}{a.facts.ext}") for a in arrivals if a.staged and not a.reason)
     return new
 

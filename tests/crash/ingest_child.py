@@ -20,6 +20,7 @@ from cvops_wb.core.progress import show_progress  # noqa: E402, F401
 from cvops_wb.core.settings import Settings  # noqa: E402
 from cvops_wb.data import images, inbox, intake, shards, store  # noqa: E402, F401
 from cvops_wb.data.formats import Listing, walk_images  # noqa: E402
+from cvops_wb.data.near import kept  # noqa: E402
 
 
 class Inline:
@@ -125,7 +126,7 @@ def work(job: dict) -> int:
     global told
     intake.CHUNK = job.get("chunk", 2)
     if job.get("inline"): intake.ThreadPoolExecutor = store.ThreadPoolExecutor = shards.ThreadPoolExecutor = Inline
-    if job.get("pack"): shards.SHARD_BYTES, shards.WINDOW = job["pack"], 1
+    if job.get("pack"): shards.SHARD_BYTES, shards.WINDOW, kept.LEAST = job["pack"], 1, 1
     plant(job.get("plant", ""))
     if job.get("clock"): step_clock(job["clock"])
     while job.get("go") and not os.access(job["go"], os.F_OK): time.sleep(.001)

@@ -134,13 +134,13 @@ def test_packing_ahead_is_not_the_concern_of_the_ingest(bench, tmp_path, fault):
 
 
 def list_packing(trace: str) -> list[tuple[str, int]]:
-    "The calls of a trace that write a shard packed ahead, or its note, as (name, which)."
+    "The calls of a trace that write a shard packed ahead, its note, or the pictures that are kept, as (name, which)."
     seen, points, held = Counter(), [], set()
     for call, rest, result in re.findall(r"^\d+ +(\w+)\((.*)\) += +(-?\d+)", trace, re.M):
         seen[call] += 1
         number = rest.split(",")[0]
-        if "cache/packed" in rest or number in held: points.append((call, seen[call]))
-        if call == "openat" and "cache/packed" in rest: held.add(result)
+        if re.search("cache/(packed|thumbs)", rest) or number in held: points.append((call, seen[call]))
+        if call == "openat" and re.search("cache/(packed|thumbs)", rest): held.add(result)
         if call == "close": held.discard(number)
     return [point for point in points if point[0] != "close"]
 

@@ -19,7 +19,7 @@ import pandas as pd
 from ...core.drawing import COLOURS, new_figure, shorten
 from ...core.errors import BadInput
 from ...core.progress import show_progress
-from ..duplicates import draw_thumb
+from ..near.thumbs import draw_thumb
 
 # %% ../../../nbs/api/data/looks/02_embeddings.ipynb #e5cf166f
 class Embedder(Protocol):

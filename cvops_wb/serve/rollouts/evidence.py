@@ -112,6 +112,7 @@ class Evidence:
             self.wait("answer", arm, failed)
             if not failed: self.add_answer(arm, row)
             if row.get("wrong") is not None: self.hear(arm, bool(row["wrong"]))
+            if self.pairs > (self.trail[-1][0] if self.trail else 0): self.remember()
 
     def add_answer(self, arm: str, row: Mapping[str, Any]) -> None:
         "How fast, how sure, and what; in the shadow also whether both said the same."
@@ -125,6 +126,9 @@ class Evidence:
         "The truth about one answer."
         self.seen[arm][2], self.seen[arm][3] = self.seen[arm][2] + 1, self.seen[arm][3] + wrong
         self.wait("truth", arm, wrong)
+        if self.trail and self.trail[-1][0] == self.pairs:     # the newest point knows it too
+            del self.trail[-1]
+            self.remember()
 
     def wait(self, kind: str, arm: str, value: Any) -> None:
         "Queue a value; when its counterpart is there, the pair is looked at."
@@ -132,7 +136,6 @@ class Evidence:
         if pair is None: return
         self.pairs += kind == "answer"
         for process in self.watchers(kind): process.add(*(self.favourite.take(pair) if kind == "mix" else pair))
-        if kind == "answer": self.remember()
 
     def remember(self) -> None:
         "One point more for the picture; when there are many, every other one goes."

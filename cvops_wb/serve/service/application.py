@@ -68,6 +68,7 @@ def make_service(
     serving = {"workers": settings.workers, "http": {"host": settings.host, "port": settings.port}, "metrics": {"enabled": False}}
     return bentoml.service(name=name, service_class=Front, **serving)(Model)
 
+# %% ../../../nbs/api/serve/service/06_application.ipynb #10243d95
 LINGER = .2     # seconds that connections are still taken, and as long again that kept ones are served
 
 def make_server(application: Application, config: Any) -> Any:
@@ -84,6 +85,7 @@ def make_server(application: Application, config: Any) -> Any:
             await super().shutdown(sockets)
     return Draining(config)
 
+# %% ../../../nbs/api/serve/service/06_application.ipynb #92a47ccd
 def run_worker(
     bento: str,     # folder of a built bento
     listener: int,  # file descriptor of the socket, bound already
