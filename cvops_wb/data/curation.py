@@ -30,6 +30,7 @@ from .images import decode_image
 from .near.candidates import join_groups
 from .near.checks import NEAR, SCENE
 from .near.kept import THUMBS
+from .planting import is_synthetic, place_synthetic
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
@@ -96,7 +97,8 @@ def group_samples(
     said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
     labels = table["label"].where(said).groupby(near).transform("nunique").to_numpy()
     table = table.assign(group=table["id"].groupby(first).transform("min"))
-    first = pick_representatives(table, near)
+    made = is_synthetic(table)
+    first = pick_representatives(table.assign(label=table["label"].where(~made, ""), width=table["width"].where(~made, 0)), near)   # a photograph stands before what was made of it
     copies = ~(first | table["id"].isin(before or {})) & _say_the_same(table, near, first)
     return add_tags(table, near_duplicate=copies, label_conflict=labels > 1,
                     unlabelled=(table["label"] == "") & (table["objects"] == ""), exact_duplicate=table["sources"].map(len) > 1)
@@ -127,9 +129,11 @@ def split_samples(table: pd.DataFrame, spec: CurateSpec, before: Mapping[str, st
     check_labels(table)
     strategy = spec.strategy if spec.strategy != "auto" else "given" if has_split(table) else "grouped"
     aside = is_aside(table) | (has_tag(table, "near_duplicate") & ~has_tag(table, "keep") & (strategy == "grouped") & (not spec.keep_duplicates))
-    kept = table[~aside]
+    kept = table[~aside & ~is_synthetic(table)]     # what was made never decides how photographs are split
+    if kept.empty: raise BadInput("all images were made, and a model cannot be judged by those", got=f"{len(table)} synthetic images", fix="cvops synth without --alone writes them beside a snapshot's own")
     split = split_given(kept, spec.val, spec.seed, before) if strategy == "given" else split_grouped(kept, spec.val, spec.test, spec.seed, before)
     table = table.assign(split=split.reindex(table.index).fillna("none"))
+    table = table.assign(split=place_synthetic(table).where(~aside, "none"))
     alone = table["label"].isin(kept["label"].value_counts().loc[lambda count: count == 1].index) & ~aside
     between = (table["split"] == "none") & ~aside       # belongs to two sides of the split before
     return add_tags(table, leak=find_leaks(table), singleton=alone, between=between), strategy
@@ -147,7 +151,7 @@ def curate(
     table = lay_tags(correct_labels(read_samples(batch.samples, settings), read_events(settings, "labels")), decisions)
     check_labels(table)
     pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene, spec.likeness, settings.cache/THUMBS)
-    table = add_tags(table, **flag_quality(table))
+    table = add_tags(table, **flag_quality(table), synthetic=is_synthetic(table))
     before = read_sides(find_before(batch, spec.before, settings), settings)
     table = lay_tags(group_samples(table, pairs, spec, before), decisions)      # also over what was found now
     check_classes(table, spec.min_images)

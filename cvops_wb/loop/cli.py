@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
            'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
            'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'export']
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -403,6 +403,29 @@ def lab(json: Json = False, dry_run: Dry = False) -> Reply:
     return Reply({"started": command}, " ".join(command) if dry_run else "", code)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #91df1b3f
+@app.command(rich_help_panel=ANY)
+def synth(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="paste: crops of objects on other photographs; spoil: blurred, dark, dirty copies; scenes: products that do not exist.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder, to be taken in by `cvops ingest`.")],
+    count: Annotated[int, typer.Option(help="Images to make.", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="Of all that is left to chance.", min=0)] = 0,
+    snapshot: Annotated[str, typer.Option(help="Whose `train` they are made of, and stand beside; else the newest.")] = "",
+    alone: Annotated[bool, typer.Option("--alone", help="Without the snapshot's own images.")] = False,
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """Made images with a known truth to train on, marked for ever.
+
+    \b
+    cvops synth paste more/ --count 300 && cvops ingest more/ && cvops curate --split given
+    cvops synth scenes shelf/ --alone
+    """
+    from cvops_wb.data import SynthSpec, find_snapshot, make_synthetic
+    found = None if kind == "scenes" and alone else find_snapshot(snapshot)
+    if dry_run: return Reply({"kind": kind, "count": count, "path": os.path.abspath(out)}, f"would make {count:,} images in {out}")
+    done = make_synthetic(found, SynthSpec(kind, count, seed, alone), out)
+    beside = f" beside {done['own']:,} of the snapshot" if done["own"] else ""
+    return Reply(done, f"{done['made']:,} made images ({kind}){beside}, as {done['format']} in {out}\nnext: cvops ingest {out}" + (" && cvops curate --split given" if done["own"] else ""))
+
 @app.command(rich_help_panel=LOOK)
 def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
