@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,14 +35,21 @@ def load(rows: list, cache: dict) -> np.ndarray:
 
 def train_eye(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int):
     "Our network on the other classes, by the package's own recipe."
+    import pandas as pd
     import torch
 
-    from cvops_wb.learn.fitting import FitSpec, fit
+    from cvops_wb.learn.fitting import fit
+    from cvops_wb.learn.learners.classification import ClassificationLearner, FitSpec
+    from cvops_wb.learn.loading import Pixels
     from cvops_wb.learn.networks import build_network
+    from cvops_wb.learn.tasks import TASKS
     torch.manual_seed(seed)
     network = build_network("small_resnet", int(labels.max()) + 1, SIZE)
-    spec = FitSpec(epochs=epochs, size=SIZE, start_size=64, predict_size=SIZE, cache_size=SIZE, seed=seed)
-    fit(network, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels), spec)
+    table = pd.DataFrame({"id": [f"{k:05}" for k in range(len(images))]})
+    pixels, held = Pixels(pd.Index(table["id"]), images), slice(0, 64)
+    material = SimpleNamespace(task=TASKS["classification"](), size=SIZE, rows=table, held=table[held], targets=labels, held_targets=labels[held], pixels=pixels, exact=pixels)
+    spec = FitSpec(epochs=epochs, size=SIZE, start_size=64, predict_size=SIZE, cache_size=SIZE, seed=seed, every=epochs)
+    fit(ClassificationLearner(network, material, spec), lambda report: None)
     return network
 
 

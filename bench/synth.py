@@ -42,12 +42,13 @@ def learn_boards(material, passes: int, seed: int) -> float:
     "mAP at 0.5 on the held-out boards after so many images were looked at."
     import torch
 
-    from cvops_wb.learn.learners import LEARNERS, LearnSpec, learn
+    from cvops_wb.learn.fitting import fit
+    from cvops_wb.learn.learners import LEARNERS, LearnSpec
     from cvops_wb.learn.networks import build_network
     torch.manual_seed(seed)
     epochs, told = max(1, round(passes/len(material.rows))), []
     spec = LearnSpec(epochs=epochs, batch=8, flips="all", seed=seed, every=epochs, ema=.98)
-    learn(LEARNERS["detection"](build_network("heatmap:16", len(NAMES), SIDE), material, spec), told.append)
+    fit(LEARNERS["detection"](build_network("heatmap:16", len(NAMES), SIDE), material, spec), told.append)
     return float(told[-1]["map50"])
 
 
