@@ -132,6 +132,7 @@ def test_the_database_of_a_killed_process(shelf):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CVOPS_FULL"), reason="make test-full")
 def test_a_killed_mongod_loses_nothing(shelf):
     "kill -9 of the database itself, right after a write: the next start has all data and the write."
     settings, _, view = shelf
