@@ -10,7 +10,7 @@ from cvops_wb.core.errors import BadModel, CvopsError, UnknownName, WrongUsage
 from cvops_wb.learn.networks import NETWORKS, build_network
 from cvops_wb.learn.networks.vision import list_architectures
 
-MEMBERS = [*(n for n in NETWORKS if n != "torchvision"), "torchvision:resnet18", "torchvision:shufflenet_v2_x0_5"]
+MEMBERS = [*(n for n in NETWORKS if n not in ("torchvision", "timm")), "timm:resnet18", "torchvision:resnet18", "torchvision:shufflenet_v2_x0_5"]
 TASK = {"heatmap": "detection", "encoder_decoder": "segmentation"}     # of the others: classification
 
 

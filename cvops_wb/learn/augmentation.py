@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['LUMA', 'AugmentSpec', 'crop_transforms', 'colour_matrices', 'recolour', 'erase', 'augment', 'prepare', 'cut_and_mix',
-           'blend']
+           'blend', 'choose_windows', 'cut_windows', 'normalise', 'Crops']
 
 # %% ../../nbs/api/learn/04_augmentation.ipynb #eb766d74
 import math
-from typing import Protocol
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -139,3 +143,76 @@ def _beta(alpha: float, generator: Generator) -> float:
         x, y = (torch.rand(2, generator=generator, dtype=torch.float64) ** (1 / alpha)).tolist()
         if 0 < x + y <= 1:
             return x / (x + y)
+
+# %% ../../nbs/api/learn/04_augmentation.ipynb #e4b36e7e
+def choose_windows(count: int, height: int, width: int, generator: Generator, area: tuple[float, float] = (.08, 1.), tries: int = 10) -> Tensor:
+    "Random windows: x, y, width, height in pixels, (count, 4); the whole picture where `tries` of them did not fit."
+    space = (count, tries)
+    areas = (torch.rand(space, generator=generator)*(area[1] - area[0]) + area[0])*height*width
+    shapes = ((2*torch.rand(space, generator=generator) - 1)*math.log(4/3)).exp()
+    wide, high = (areas*shapes).sqrt().round(), (areas/shapes).sqrt().round()
+    fits = (wide >= 1) & (wide <= width) & (high >= 1) & (high <= height)
+    first = fits.float().argmax(1, keepdim=True)
+    wide, high = (torch.where(fits.any(1), side.gather(1, first)[:, 0], float(full)) for side, full in ((wide, width), (high, height)))
+    x, y = ((torch.rand(count, generator=generator)*(full - side + 1)).floor() for side, full in ((wide, width), (high, height)))
+    return torch.stack([x, y, wide, high], 1).int()
+
+def cut_windows(pictures: Sequence[Tensor], windows: Tensor, mirrored: Tensor, size: int) -> Tensor:
+    "Windows of uint8 pictures, each (H, W, 3), scaled with antialiasing and mirrored: uint8 (N, 3, size, size), channels last."
+    out = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+    for n, (picture, (x, y, wide, high)) in enumerate(zip(pictures, windows.tolist(), strict=True)):
+        window = picture[y:y + high, x:x + wide].permute(2, 0, 1)[None]
+        torch.ops.aten._upsample_bilinear2d_aa.out(window, [size, size], False, None, None, out=out[n:n + 1])
+    out[mirrored] = out[mirrored].flip(3)
+    return out
+
+def normalise(pictures: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    "uint8 (N, 3, H, W), channels last, as float of mean 0 and deviation 1; rows of pixels at once, which is how memory likes it."
+    count, _, height, width = pictures.shape
+    scale, shift = (torch.tensor(v, device=pictures.device).repeat(width) for v in ([1/(255*s) for s in std], [-m/s for m, s in zip(mean, std, strict=True)]))
+    rows = pictures.permute(0, 2, 3, 1).reshape(count*height, 3*width).float()
+    return torch.addcmul(shift, rows, scale).view(count, height, width, 3).permute(0, 3, 1, 2)
+
+# %% ../../nbs/api/learn/04_augmentation.ipynb #5498044a
+class Crops:
+    "Epochs of normalised random crops (N, 3, size, size) out of a pixel cache, and the places that they came from."
+
+    def __init__(
+        self,
+        images: Any,            # uint8 (N, S, S, 3), mapped or in memory
+        size: int = 128,
+        batch: int = 64,
+        threads: int = 2,
+        seed: int = 0,
+        mean: Sequence[float] = (.485, .456, .406),
+        std: Sequence[float] = (.229, .224, .225),
+        device: str = "cpu",
+    ):
+        self.images, self.size, self.batch, self.threads, self.seed, self.mean, self.std, self.device = images, size, batch, threads, seed, mean, std, device
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        "One epoch, each picture once; a few batches are made ahead."
+        order = torch.randperm(len(self.images), generator=Generator().manual_seed(self.seed + 7919*self.epoch)).split(self.batch)
+        epoch, waiting = self.epoch, deque()
+        self.epoch += 1
+        with ThreadPoolExecutor(self.threads) as pool:
+            for number, places in enumerate(order):
+                waiting.append((pool.submit(self.make, places, epoch, number), places))
+                if len(waiting) > 2*self.threads: yield self._hand(*waiting.popleft())
+            while waiting: yield self._hand(*waiting.popleft())
+
+    def make(self, places: Tensor, epoch: int, number: int) -> Tensor:
+        "One batch, on the CPU; as bytes where a GPU makes numbers of them."
+        generator = Generator().manual_seed(hash((self.seed, epoch, number)) % 2**63)
+        windows = choose_windows(len(places), *self.images.shape[1:3], generator)
+        mirrored = torch.rand(len(places), generator=generator) < .5
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # a mapped file cannot be written to, and is not
+            pictures = [torch.from_numpy(self.images[place]) for place in places.tolist()]
+        cut = cut_windows(pictures, windows, mirrored, self.size)
+        return normalise(cut, self.mean, self.std) if self.device == "cpu" else cut.pin_memory()
+
+    def _hand(self, future: Any, places: Tensor) -> tuple[Tensor, Tensor]:
+        made = future.result()
+        return (made if self.device == "cpu" else normalise(made.to(self.device, non_blocking=True), self.mean, self.std)), places

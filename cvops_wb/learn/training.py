@@ -248,7 +248,7 @@ def gather(settings: Settings, task: Any, snapshot: Snapshot, spec: TrainSpec) -
         check_classes(rows)
     classes = task.list_classes(reader.table, snapshot.classes)
     large = to_fit(spec, (0.,)*3, (1.,)*3).cache_size if spec.task == "classification" else spec.size
-    found = load_pixels(reader, sorted({large, spec.size}), settings.cache/"pixels", threads=settings.train.threads)
+    found = load_pixels(reader, sorted({large, spec.size}), settings.cache/"pixels", threads=settings.train.threads, limit_mb=settings.train.pixels_mb)
     targets, held_targets = (task.to_targets(each, classes, spec.size) for each in (rows, held))
     return Material(task, snapshot, classes, spec.size, rows, targets, held, held_targets, found[-1], found[0])
 
