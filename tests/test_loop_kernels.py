@@ -10,7 +10,7 @@ from loop_bench import write_ingest
 from test_loop_runs import CLI, alone, folders, processes_of, start_slow  # noqa: F401
 
 from cvops_wb.core.errors import CvopsError, UnknownName
-from cvops_wb.loop import run_stage
+from cvops_wb.loop import kernels, run_stage
 from cvops_wb.loop.kernels import KEEPERS, close_kernels, find_keeper
 from cvops_wb.loop.kernels.watching import NOTE, DeadKernel, OutOfMemory, TimedOut, cancel_run, list_running
 
@@ -134,3 +134,23 @@ def test_what_a_kernel_put_off_until_its_end_is_done(alone):  # noqa: F811
     write_ingest(alone.root, "import atexit\nfrom pathlib import Path\nat = Path('at_exit')\natexit.register(at.touch)")
     run_stage("ingest")
     assert (alone.root/"at_exit").exists()
+
+
+def test_code_that_keeps_changing_is_named(alone, monkeypatch):  # noqa: F811
+    "Each nursery is stale before it can fork, as while an editor or a merge writes modules."
+    module = alone.root/"lib"/"restless.py"
+    module.parent.mkdir()
+    module.write_text("ANSWER = 1")
+    monkeypatch.setenv("PYTHONPATH", f"{module.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(kernels, "PATIENCE", (0., 0.))
+    fork = kernels.Keeper.fork
+    def change(keeper, order):
+        with keeper.changed: keeper.changed.wait_for(lambda: keeper.ready, 60)
+        keeper.send({"do": "import", "modules": ["restless"]})
+        time.sleep(1)       # as above: it says nothing when it has imported
+        module.write_text(f"ANSWER = {time.time_ns()}")
+        return fork(keeper, order)
+    monkeypatch.setattr(kernels.Keeper, "fork", change)
+    write_ingest(alone.root)
+    with pytest.raises(CvopsError, match="restless.py") as error: run_stage("ingest", {"count": 1})
+    assert "when no code is being changed" in error.value.fix
