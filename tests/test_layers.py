@@ -12,7 +12,7 @@ OWNERS = {
     "label_studio_sdk": {"label"}, "cleanlab": {"label"},
     "torch": {"learn"}, "torchvision": {"learn"}, "lightning": {"learn"}, "mlflow": {"learn"}, "lightning_fabric": {"learn"}, "timm": {"learn"}, "wandb": {"learn"}, "clearml": {"learn"}, "safetensors": {"learn"}, "onnx": {"learn"},
     "bentoml": {"serve"}, "starlette": {"serve"}, "prometheus_client": {"serve"}, "onnxruntime": {"learn", "serve"},
-    "opentelemetry": {"serve"}, "grafana_foundation_sdk": {"watch"}, "apprise": {"watch"},
+    "opentelemetry": {"serve"}, "model_signing": {"serve"}, "cyclonedx": {"serve"}, "psycopg": {"serve"}, "grafana_foundation_sdk": {"watch"}, "apprise": {"watch"},
     "evidently": {"watch"}, "whylogs": {"watch"}, "ipywidgets": {"watch"}, "voila": {"watch"},
     "papermill": {"loop"}, "optuna": {"loop"}, "nbconvert": {"loop"}, "typer": {"loop"}, "ray": {"loop"}, "dagster_pipes": {"loop"},
 }

@@ -334,6 +334,23 @@ def test_the_pages_in_chromium(service, tmp_path, scheme):
     assert asked and all(url.startswith((service.url, "blob:", "data:")) for url in asked), asked
 
 
+# ── who asks too often, and what is written of them ──
+
+def test_a_token_that_asks_too_often_waits_and_another_does_not(bench, bento):
+    "The limit is each token's; the access log has neither tokens, nor callers, nor what was in the query."
+    tokens = {name: f"a-long-token-of-{name}" for name in ("ann", "bob")}
+    env = {"CVOPS_TOKEN": "\n".join(tokens.values()), "CVOPS_SERVE_RATE": "2", "CVOPS_SERVE_ACCESS_LOG": "true"}
+    with service_running(bento, bench.root/"log", workers=1, output=bench.root/"rate.log", env=env) as service:
+        def ask(name): return send(service, path="/predict?version=1", body=JPEG, content_type="image/jpeg", authorization=f"Bearer {tokens[name]}", x_caller="secret-caller")
+        replies = [ask("ann") for _ in range(30)]
+        refused = [(headers["Retry-After"], json.loads(body)["reason"]) for status, headers, body in replies if status == 429]
+        assert [status for status, *_ in replies[:4]] == [200]*4 and refused and set(refused) == {("1", "rate")}
+        assert ask("bob")[0] == 200 and send(service, body=JPEG, content_type="image/jpeg", authorization="Bearer no")[0] == 401
+    written = (bench.root/"rate.log").read_text()
+    assert "POST /predict 200" in written and "POST /predict 429" in written
+    assert not [word for word in (*tokens.values(), "secret-caller", "version=1") if word in written]
+
+
 # ── starting and ending ──
 
 def test_a_port_in_use_is_one_sentence(bench, bento, service):

@@ -95,6 +95,13 @@ class Serve:
     keep_mb: int = 1000         # of kept images; then the oldest go
     keep_days: int = 30         # that an image is kept
     traces: str = ""            # OTLP address that takes OpenTelemetry's spans, e.g. http://127.0.0.1:4318/v1/traces; empty: none
+    provider: str = "cpu"       # that runs the model: cpu, cuda, tensorrt, openvino
+    sign_key: str = ""          # file of the private key that signs a model when it is packaged; empty: unsigned
+    public_key: str = ""        # file of the key that a model must be signed with to be served; empty: signatures are not asked for
+    rate: float = 0.            # requests a second that each token may make, or each address where there are none; 0: any
+    access_log: bool = False    # one line a request, without images, tokens or names of callers
+    log_days: float = 0.        # that an answer stays in the prediction log; 0: for ever
+    log_mb: float = 0.          # of the prediction log; then its oldest tables go; 0: any
 
 @dataclass(frozen=True)
 class Rollout:

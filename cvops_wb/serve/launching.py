@@ -28,8 +28,8 @@ from ..core.processes import QUIET, _die_with_parent, answers, claim_port, free_
 from ..core.records import Bento
 from ..core.settings import Settings, load_settings
 from .limits import check_host, read_tokens
-from .predictions import compact_predictions
-from .verification import verify_model
+from .predictions import compact_predictions, prune_predictions
+from .verification import verify_contents, verify_model
 
 # %% ../../nbs/api/serve/08_launching.ipynb #64f95d07
 WORKER = "import sys; from cvops_wb.serve.service import run_worker; run_worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))"
@@ -50,8 +50,9 @@ class Supervisor:
         count: int,                     # of workers
         environment: Mapping[str, str],
         log: Path,                      # of the predictions
+        keep: tuple[float, float] = (0., 0.),   # days and megabytes of them
     ):
-        self.folder, self.listener, self.count, self.log = folder, listener, count, log
+        self.folder, self.listener, self.count, self.log, self.keep = folder, listener, count, log, keep
         self.environment = {**os.environ, **environment}
         self.heard, self.tell = os.pipe()       # each worker that is ready writes one byte
         self.workers: list[tuple[subprocess.Popen, float]] = []
@@ -83,6 +84,7 @@ class Supervisor:
                 if worker.poll() is not None: self.replace(worker, begin)
             if time.monotonic() - self.compacted < COMPACT_EVERY: continue
             compact_predictions(self.log)
+            prune_predictions(self.log, *self.keep)
             self.compacted = time.monotonic()
 
     def replace(self, worker: subprocess.Popen, begin: float) -> None:
@@ -123,7 +125,7 @@ def serve_bento(
     address = check_host(serving.host, read_tokens())
     with open_listener(address, serving.port) as listener, TemporaryDirectory(prefix="cvops-serve-") as scratch:
         environment = make_environment(settings, replace(settings, serve=serving), folder, log, scratch)
-        supervisor = Supervisor(folder, listener, serving.workers, environment, log)
+        supervisor = Supervisor(folder, listener, serving.workers, environment, log, (serving.log_days, serving.log_mb))
         with stopped_by_signals(supervisor):
             supervisor.start()
             listener.listen(2048)   # from here on nobody stands before a closed door
@@ -145,6 +147,7 @@ def find_bento(settings: Settings, bento: Bento) -> Path:
     "The folder of a built bento, with its model verified; `WrongUsage` if it is not there, `BadModel` if a file is wrong."
     folder = settings.root/bento.path
     if not (folder/"bento.yaml").is_file(): raise WrongUsage("the bento is not built here", got=folder, fix="run `cvops package`")
+    verify_contents(folder/"src", folder.name)
     verify_model(folder/"src"/"model", bento.manifest_sha256)
     return folder.resolve()
 

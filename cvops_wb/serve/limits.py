@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'FORM', 'JSON', 'ENVELOPE', 'READ_SECONDS', 'IMAGES', 'Receive', 'SMALL', 'BadRequest',
            'explain', 'Upload', 'read_upload', 'read_small', 'read_request', 'read_feedback', 'too_large',
            'check_length', 'read_body', 'split_type', 'find_files', 'Parts', 'list_images', 'find_encoded',
-           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate']
+           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate', 'Rates']
 
 # %% ../../nbs/api/serve/03_limits.ipynb #10f6c8c3
 import asyncio
@@ -19,7 +19,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from math import ceil
 from threading import Lock
+from time import monotonic
 from typing import Any
 
 from ..core.errors import BadImage, CvopsError, WrongUsage, needs
@@ -275,3 +277,25 @@ class Gate:
 
     def __enter__(self) -> None: self.enter()
     def __exit__(self, *error: object) -> None: self.leave()
+
+# %% ../../nbs/api/serve/03_limits.ipynb #d5c5ea23
+class Rates:
+    "How many requests each caller has left."
+
+    def __init__(self, rate: float, most: int = 10_000):
+        self.rate, self.most, self.left = rate, most, {}     # caller → requests that are left, and when that was so
+        self.lock = Lock()
+
+    def check(self, caller: str, now: float | None = None) -> None:
+        "`BadRequest` 429 if a caller has asked too often."
+        if self.rate <= 0: return
+        now = monotonic() if now is None else now
+        with self.lock:
+            if len(self.left) >= self.most: self.left = {name: kept for name, kept in self.left.items() if now - kept[1] < 2*self.burst/self.rate}
+            left, since = self.left.get(caller, (self.burst, now))
+            left = min(self.burst, left + (now - since)*self.rate)
+            self.left[caller] = max(left - 1, left if left < 1 else 0), now
+        if left < 1: raise BadRequest(429, "rate", "this caller asks too often", "come again after `Retry-After` seconds", {"retry-after": str(ceil((1 - left)/self.rate))})
+
+    @property
+    def burst(self) -> float: return max(1., 2*self.rate)

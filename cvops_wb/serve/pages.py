@@ -293,7 +293,7 @@ REFUSALS = {
     "403": "Only this machine may ask: `not_loopback`, `other_origin`", "404": "No such version: `no_version`", "408": "The upload took too long: `slow`",
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
     "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",
-    "429": "Too many at once; come again after `Retry-After` seconds: `busy`",
+    "429": "Too many at once; come again after `Retry-After` seconds: `busy`, `rate`",
     "504": "The answer took longer than the service allows: `timeout`",
 }
 _binary = {"type": "string", "format": "binary"}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VECTORS', 'LINES', 'to_row', 'pack', 'unpack', 'PredictionLog', 'compact_predictions', 'compact_segment',
-           'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'read_segment', 'tell_time']
+           'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'read_segment', 'tell_time',
+           'prune_predictions']
 
 # %% ../../nbs/api/serve/04_predictions.ipynb #2621989b
 import base64
@@ -185,3 +186,23 @@ def tell_time(seconds: float | None = None) -> str:
     "A moment, now if not given, as ISO 8601 in UTC with milliseconds."
     seconds = time.time() if seconds is None else seconds
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1*1000):03}Z"
+
+# %% ../../nbs/api/serve/04_predictions.ipynb #c2414e58
+def prune_predictions(
+    folder: Path | str,         # of the log
+    days: float = 0.,           # that a segment is kept after its last line; 0: for ever
+    megabytes: float = 0.,      # of all segments; 0: any
+    now: float | None = None,   # seconds since 1970
+) -> int:
+    "Remove finished segments that are too old, and the oldest of those that are too many; how many went."
+    now, kept, gone = time.time() if now is None else now, 0, 0
+    found = []
+    for path in Path(folder).glob("[0-9]*.parquet"):
+        try: found.append((path.stat().st_mtime, path.stat().st_size, path))
+        except FileNotFoundError: continue      # another was quicker
+    for touched, size, path in sorted(found, reverse=True):
+        kept += size
+        if (days <= 0 or now - touched < days*86400) and (megabytes <= 0 or kept <= megabytes*1e6): continue
+        path.unlink(missing_ok=True)
+        gone += 1
+    return gone

@@ -6,6 +6,7 @@
 __all__ = ['WAITING', 'UPLOADS', 'State']
 
 # %% ../../../nbs/api/serve/service/02_state.ipynb #ec492e24
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Any
 from ...core.files import join_within, read_json
 from ...core.settings import Serve
 from ..inference import Classifier, count_threads
-from ..limits import Gate
+from ..limits import Gate, Rates
 from ..pages import Facts, describe_api, make_docs_page, make_drop_page
 from ..pictures import Pictures
 from ..predictions import PredictionLog, tell_time
@@ -25,7 +26,8 @@ from ..rollouts.traffic import Loaded, Traffic, describe_traffic
 from .messages import to_page, to_reply
 from ..telemetry.metrics import Metrics
 from ..telemetry.tracing import open_tracer
-from ..verification import VerifiedModel, verify_model
+from ..supply.signatures import check_signature
+from ..verification import SIGNATURE, VerifiedModel, read_once, verify_model
 
 # %% ../../../nbs/api/serve/service/02_state.ipynb #525418b4
 WAITING = 8             # images in line for each that is looked at
@@ -46,6 +48,7 @@ class State:
         self.models = Path(os.environ.get("CVOPS_MODELS") or self.folder)   # what a rollout's versions are relative to
         self.threads = count_threads(settings.threads, settings.workers)
         self.uploads, self.gate, self.explaining = Gate(UPLOADS), Gate(self.threads*(1 + WAITING)), Gate(1)
+        self.rates = Rates(settings.rate/max(settings.workers, 1))     # each worker has its share
         self.on_start: Callable[[], Any] = lambda: None
         self.closing = False    # told to end: callers are sent elsewhere
 
@@ -53,7 +56,7 @@ class State:
         "Verify and load the model, open the log; `BadModel` if a file is not what it was."
         card = read_json(self.folder/"service.json")
         self.service, self.version = card["service"], card["version"]
-        model = verify_model(self.folder/"model", card["manifest_sha256"])
+        model = verify_model(self.folder/"model", card["manifest_sha256"], self.check)
         self.model, self.log = model.manifest_sha256[:16], PredictionLog(self.log_folder)
         self.metrics = Metrics({"name": card["model_name"], "version": str(self.version), "model": self.model}, lambda: {**describe_traffic(self.traffic), "limit": self.gate.most},
                                self.log_folder.parent/"watch"/"gauges.json")
@@ -71,13 +74,20 @@ class State:
         self.traffic = Traffic(self.rollout, Loaded(self.version, self.model, self.classifier, tell_time((self.folder/"service.json").stat().st_mtime)), self.load)
         self.traffic.start()
 
+    def check(self, folder: Path, manifest: bytes) -> None:
+        "Who signed a model, where a key says who must; `BadModel` if it was nobody, or another."
+        if not self.settings.public_key: return
+        path = folder/SIGNATURE
+        kept = self.log_folder.parent/"signatures"/f"{hashlib.sha256(manifest).hexdigest()}.sig"     # of a version in the registry
+        check_signature(path, read_once(path if path.exists() or not kept.exists() else kept), manifest, self.models/self.settings.public_key)
+
     def open(self, model: VerifiedModel) -> Classifier:
         "A verified model, ready to be asked."
-        return Classifier(model, self.threads, self.settings.max_bytes, self.settings.max_megapixels)
+        return Classifier(model, self.threads, self.settings.max_bytes, self.settings.max_megapixels, self.settings.provider)
 
     def load(self, arm: Arm) -> Loaded:
         "Another version than the packaged one, from the workbench's registry."
-        return Loaded(arm.version, arm.manifest_sha256[:16], self.open(verify_model(join_within(self.models, arm.model), arm.manifest_sha256)))
+        return Loaded(arm.version, arm.manifest_sha256[:16], self.open(verify_model(join_within(self.models, arm.model), arm.manifest_sha256, self.check)))
 
     def close(self) -> None:
         "Let the threads end, and go."
