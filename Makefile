@@ -43,8 +43,8 @@ test: system setup      ## all tests but the slow campaigns: under 15 minutes on
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: test         ## the long campaigns too
-	$(call say,crash campaigns)
-	@CVOPS_FULL=1 $(BIN)/python -m pytest tests/crash
+	$(call say,crash and damage campaigns in full)
+	@CVOPS_FULL=1 $(BIN)/python -m pytest tests/crash $$(grep -l CVOPS_FULL tests/test_*.py)
 	@$(BIN)/nbdev-test --flags 'slow' --n-workers 0
 
 lab: setup      ## JupyterLab on nbs/

@@ -54,8 +54,8 @@ def _draw_part(data: bytes, max_bytes: int, max_megapixels: float) -> Image.Imag
 # %% ../../../nbs/api/data/inbox/01_refusals.ipynb #54b95093
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>set aside</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:14px sans-serif;margin:2em}}td,th{{padding:.3em .8em;text-align:left;vertical-align:middle;border-bottom:1px solid #ddd;overflow-wrap:anywhere}}</style>
-</head><body><h1>Set aside</h1><p>{summary}</p><table><tr><th></th><th>file</th><th>reason</th><th>size</th><th>kept as</th></tr>{rows}</table></body></html>"""
+<style>body{{font:14px sans-serif;margin:2em}}td,th{{padding:.3em .8em;text-align:left;vertical-align:middle;border-bottom:1px solid #ddd;overflow-wrap:anywhere}}td:nth-child(5){{white-space:nowrap}}</style>
+</head><body><h1>Set aside</h1><p>{summary}</p><table><tr><th></th><th>file</th><th>from</th><th>reason</th><th>size</th><th>kept as</th></tr>{rows}</table></body></html>"""
 
 def clean_text(text: Any) -> str:
     "Text for a terminal: what cannot be seen, or turns the writing round, is written out."
@@ -73,7 +73,7 @@ def write_refusals(
 
 def _write_row(row: Any, settings: Settings, drawn: bool) -> str:
     picture = draw_refusal(_find_kept(row.file, settings), settings) if drawn and row.file else None
-    cells = [f"{row.name}\n{row.origin}", f"{row.reason}: {row.detail}" + (" (the name was taken since, with other bytes)" if row.taken_since else ""),
+    cells = [row.name, row.origin, f"{row.reason}: {row.detail}" + (" (the name was taken since, with other bytes)" if row.taken_since else ""),
              human_size(row.bytes), row.file or "not kept"]
     return f"<tr><td>{embed_png(picture) if picture else ''}</td>" + "".join(f"<td>{escape(clean_text(cell))}</td>" for cell in cells) + "</tr>"
 

@@ -139,9 +139,9 @@ def _rows(counts: dict[str, int], what: str) -> list[dict[str, Any]]: return [{w
 def to_html(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
     "The page, everything in it."
     title = escape(f"Data card of snapshot {facts['id']}")
-    tables = "".join(f"<h2>{escape(heading)}</h2>{to_table(rows)}" for heading, rows in list_sections(facts).items())
+    first, *tables = [f"<h2>{escape(heading)}</h2>{to_table(rows)}" for heading, rows in list_sections(facts).items()]
     drawn = "".join(f"<h2>{escape(_TITLES[name])}</h2>{_embed(picture, _TITLES[name])}" for name, picture in pictures.items())
-    return f'<!doctype html><meta charset="utf-8"><title>{title}</title>{_STYLE}<h1>{title}</h1>{tables}{drawn}'
+    return f'<!doctype html><meta charset="utf-8"><title>{title}</title>{_STYLE}<h1>{title}</h1>{first}{drawn}{"".join(tables)}'
 
 def _embed(png: bytes, title: str) -> str:
     return f'<img alt="{escape(title)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -149,9 +149,9 @@ def _embed(png: bytes, title: str) -> str:
 def to_markdown(facts: dict[str, Any]) -> str:
     "Front matter, tables, and the pictures beside it."
     front = "\n".join(f"{name}: {_to_yaml(facts[name])}" for name in ("id", "message", "parent", "images", "bytes", "classes", "splits", "labels_by", "licence"))
-    parts = [f"## {heading}\n\n{_to_rows(rows)}" for heading, rows in list_sections(facts).items()]
+    first, *parts = [f"## {heading}\n\n{_to_rows(rows)}" for heading, rows in list_sections(facts).items()]
     drawn = [f"## {title}\n\n![{title}](card-{name}.png)" for name, title in _TITLES.items()]
-    return "\n\n".join([f"---\n{front}\n---", f"# Data card of snapshot {facts['id']}", *parts, *drawn]) + "\n"
+    return "\n\n".join([f"---\n{front}\n---", f"# Data card of snapshot {facts['id']}", first, *drawn, *parts]) + "\n"
 
 def _to_yaml(value: Any) -> str:
     # what JSON leaves as it is and YAML takes for a line break or refuses

@@ -45,8 +45,8 @@ def draw_places(
 ) -> Image.Image:
     "The map, with the commonest classes below."
     sheet = Image.new("RGB", (CELL*WIDE, CELL*HIGH + 44), PAPER)
-    pen, names = ImageDraw.Draw(sheet), [name for name in table["label"].value_counts().index[:9] if name]
-    colours = [COLOURS[names.index(label) % len(COLOURS)] if label in names else "#8b949e" for label in table["label"]]
+    pen, names = ImageDraw.Draw(sheet), [name for name in table["label"].value_counts().index if name][:len(COLOURS)]
+    colours = [COLOURS[names.index(label)] if label in names else "#8b949e" for label in table["label"]]
     spots = (spread_places(places)*.97 + 1)/2*[CELL*WIDE - 1, CELL*HIGH - 1] if len(places) else places
     for (x, y), colour in zip(spots, colours): pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
     for row in pick_places(spots):
@@ -55,7 +55,7 @@ def draw_places(
         corner = tuple(int(v) for v in spots[row]//CELL*CELL + CELL/2 - np.array(picture.size)/2)
         pen.rectangle((corner[0] - 2, corner[1] - 2, corner[0] + picture.width + 1, corner[1] + picture.height + 1), fill=colours[row])
         sheet.paste(picture, corner)
-    _draw_legend(pen, [*((name, COLOURS[k % len(COLOURS)]) for k, name in enumerate(names)), *([("others", "#8b949e")] if "#8b949e" in colours else [])], font)
+    _draw_legend(pen, [*zip(names, COLOURS), *([("others", "#8b949e")] if "#8b949e" in colours else [])], font)
     return sheet
 
 def spread_places(places: np.ndarray) -> np.ndarray:
