@@ -25,7 +25,8 @@ import torch
 import yaml
 from onnx import load_model_from_string
 from PIL import Image, PngImagePlugin
-from safetensors.numpy import load as load_tensors, save as save_tensors
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 from serve_toy import make_graph, photograph
 
 TENSOR = {"w": np.zeros(4, np.float32)}
