@@ -26,6 +26,6 @@ _rooms = {
     "draw_verdict": "registry", "read_events": "registry", "mirror_version": "registry",
     "rebuild_tracking": "tracking", "tracking_uri": "tracking",
     "read_model": "exporting", "write_model": "exporting", "run_model": "exporting", "Model": "exporting",
-    "build_network": "networks", "make_embedder": "networks", "NETWORKS": "networks", "TASKS": "tasks",
+    "build_network": "networks", "make_embedder": "networks", "convert_weights": "networks", "NETWORKS": "networks", "TASKS": "tasks",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
            'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
            'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export']
+           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export', 'convert']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
 import os
@@ -444,6 +444,23 @@ def export(
     if dry_run: return Reply({"snapshot": found.id, "format": format, "path": os.path.abspath(out)}, f"would write {found.count:,} images of snapshot {found.id} as {format} into {out}")
     done = export_samples(found, out, format, all)
     return Reply({"snapshot": found.id, **done.to_dict()}, str(done))
+
+# %% ../../nbs/api/loop/11_cli.ipynb #4bc6acc4
+@app.command(rich_help_panel=ANY)
+def convert(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Weights that torch.save wrote: .pth, .pt.")],
+    out: Annotated[str, typer.Option(help="A new .safetensors file; else beside it.")] = "",
+    json: Json = False, dry_run: Dry = False,
+) -> Reply:
+    """A .pth file's tensors as safetensors; a program in it is refused, not run.
+
+    \b
+    cvops convert resnet18.pth && cvops train -p network=torchvision:resnet18 -p weights=resnet18.safetensors
+    """
+    from cvops_wb.learn import convert_weights
+    if dry_run: return Reply({"file": file, "out": out}, f"would read the tensors of {file}")
+    path = str(convert_weights(file, out))
+    return Reply({"path": path}, f"{path}\nnext: cvops train -p weights={path}")
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import overview, checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Network', 'Assembled', 'Served', 'check_weights_file', 'load_weights', 'fill', 'build_network',
-           'make_embedder']
+           'make_embedder', 'convert_weights']
 
 # %% ../../../nbs/api/learn/networks/00_init.ipynb #9571e1a2
 from pathlib import Path
@@ -74,7 +74,7 @@ def check_weights_file(path: Path | str) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise WrongUsage("weights are read from safetensors files only: other formats can carry a program", got=path,
-                         fix="convert it once: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')")
+                         fix=f"convert it once: cvops convert {path}")
     if not path.is_file(): raise WrongUsage("there is no such file of weights", got=path, fix="give the path of a .safetensors file")
     return path
 
@@ -122,5 +122,10 @@ def make_embedder(name: str, weights: str = "") -> Any:
     "An embedder by name: `champion`, a version's number, `torchvision:resnet18`; None for an empty one."
     from cvops_wb.learn.networks.embedders import make_embedder
     return make_embedder(name, weights)
+
+def convert_weights(path: str, out: str = "") -> Path:
+    "A `.pth` file's tensors as a new `.safetensors` file, beside it if no other is named; nothing in it is run."
+    from cvops_wb.learn.networks.conversion import convert_weights
+    return convert_weights(path, out)
 
 def _is_file(weights: str) -> bool: return "/" in weights or "." in weights or "\\" in weights
