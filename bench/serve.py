@@ -354,6 +354,13 @@ def measure_predict(onnx: Path, folder: Path, photos: list[bytes], rounds: int, 
              "note": f"{len(list((folder/'many').iterdir()))} files; with the table written"}]
 
 
+def measure_part(part, quick, models, names, folder, photos, rounds, seconds):
+    "The rows of one part."
+    if part == "ready": return [] if quick else measure_ready(models["null"], folder, photos, 3)
+    if part == "predict": return measure_predict(models["resnet18"], folder, photos, rounds, 1. if quick else 4*seconds)
+    with pinned(LAST): return to_rows(part, compare(part, models[part], names, folder, photos, rounds, seconds, 0. if part == "resnet18" else 100.))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
@@ -367,21 +374,16 @@ def main():
     missing = [name for name in {*names, "fastapi"} if not (PEERS/name/"bin"/"python").exists()]
     if missing: raise SystemExit(f"missing: {', '.join(missing)}; run: make bench-peers")
     rounds, seconds = given.rounds or (1 if given.quick else 3), given.seconds or (2.5 if given.quick else 4.)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))       # as Ctrl-C: the servers go too
     rows = []
     with TemporaryDirectory(prefix="cvops-serve-bench-") as folder:
         folder = Path(folder)
         models, photos = make_models(folder), make_photos(folder)
         for part in given.parts:
-            if part == "ready":
-                if given.quick: continue
-                rows += measure_ready(models["null"], folder, photos, 3)
-                continue
-            if part == "predict":
-                rows += measure_predict(models["resnet18"], folder, photos, rounds, 1. if given.quick else 4*seconds)
-                continue
-            with pinned(LAST): rows += to_rows(part, compare(part, models[part], names, folder, photos, rounds, seconds, 0. if part == "resnet18" else 100.))
-    for row in rows: print(f"| {row['measure']} | {row['ours']} | {row['peer']} | {row['peer_name']} | {row['ratio']} | {row['goal']} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} | {row['note']} |", flush=True)
-    if given.json: given.json.write_text(json.dumps(rows, indent=1))
+            fresh = measure_part(part, given.quick, models, names, folder, photos, rounds, seconds)
+            for row in fresh: print(f"| {row['measure']} | {row['ours']} | {row['peer']} | {row['peer_name']} | {row['ratio']} | {row['goal']} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} | {row['note']} |", flush=True)
+            rows += fresh
+            if given.json: given.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__": main()

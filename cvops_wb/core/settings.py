@@ -74,6 +74,8 @@ class Card:
 @dataclass(frozen=True)
 class Tracking:
     uri: str = ""               # MLflow's address; empty: SQLite in the cache
+    mirrors: str = ""           # trackers that receive each training too, divided by spaces: wandb, clearml; empty: none
+    mirrors_online: bool = False    # false: written to .cvops/cache/mirrors and not sent; true: to their servers
 
 @dataclass(frozen=True)
 class Fiftyone:

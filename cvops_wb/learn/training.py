@@ -33,6 +33,7 @@ from .learners import LEARNERS, LearnSpec
 from .learners.checkpoints import Checkpoints
 from .learners.classification import ClassificationLearner, FitSpec
 from .learners.optimizers import SCHEDULES
+from .mirrors import gather_run, list_mirrors, mirror_run
 from .loading import Pixels, check_classes, load_pixels, read_photos, take_split
 from .learners.shots import recall_all
 from .networks import build_network
@@ -54,7 +55,7 @@ class TrainSpec:
     lr: float = 0.              # peak of the schedule; 0: the recipe's own
     seed: int = 0
     device: str = ""            # auto, cpu, cuda; empty: settings.ini
-    track: bool = True          # show it in MLflow
+    track: bool = True          # show it in MLflow, and in the mirrors of settings.ini
     flips: str = "sides"        # how boxes and masks may be laid down: none, sides, all (the eight ways of a thing without a top)
     folders: bool = False       # learn the folders inside a class too, on the side
     schedule: str = "cosine"    # of the rate after the warm-up: cosine, one-cycle, constant
@@ -166,6 +167,7 @@ def train(
     "Learn from the split `train`, watch `val`, and write a model that is ready to be judged."
     settings, begin, cpu = load_settings(), perf_counter(), process_time()
     check_spec(spec)
+    list_mirrors(settings)      # a name that does not exist is told now, not after the last epoch
     spec = complete(spec, snapshot)
     task, device = TASKS[spec.task](), choose_device(spec.device or settings.train.device)
     seed_all(spec.seed, settings.train.threads)
@@ -182,6 +184,7 @@ def train(
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
                               {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), before.seconds + perf_counter() - begin, before.cpu + process_time() - cpu)
         candidate = replace(candidate, tracking=file_away(tracker, candidate, history, out))
+        if spec.track: mirror_run(settings, gather_run(settings, candidate, out))
         kept.drop()
         return candidate
 
