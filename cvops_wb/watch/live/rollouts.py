@@ -109,6 +109,7 @@ def make_sequences(view: RolloutView, height: int = 260) -> str:
     legend = make_legend([LINES[name] for name in names]).replace("class=s0", "class=now").replace("class=s1", "class=s0").replace("class=s3", "class=s1")
     return make_card("Evidence", f"<div>{picture}</div>{legend}", "w7", "anytime-valid: one may look after every answer")
 
+# %% ../../../nbs/api/watch/live/05_rollouts.ipynb #ro12arms
 def make_arms(view: RolloutView) -> str:
     "What was seen of both."
     state, rows = view.state, []
