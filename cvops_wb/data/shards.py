@@ -77,7 +77,10 @@ def _missing(path: Path, error: Exception) -> BadRecord:
     return BadRecord("a shard of the data cannot be read", got=f"{path}: {error}", fix=_FETCH)
 
 # %% ../../nbs/api/data/14_shards.ipynb #3e81d105
-def read_index(path: Path) -> dict[str, Place]:
+def read_index(
+    path: Path,
+    moved: Path | None = None,      # where the shard is about to be
+) -> dict[str, Place]:
     "The images of a shard by their hash; `BadRecord` if it is missing or damaged."
     try:
         with open(path, "rb") as file:
@@ -86,7 +89,7 @@ def read_index(path: Path) -> dict[str, Place]:
     except OSError as e: raise _missing(path, e) from e
     except (tarfile.TarError, ValueError, KeyError, TypeError) as e:
         raise BadRecord("a shard's table of contents is damaged", got=f"{path}: {e}", fix=_MEND) from e
-    first = BLOCK + _pad(size)
+    first, path = BLOCK + _pad(size), moved or path
     return {sha256: tuple.__new__(Place, (path, first + start, length, sha256)) for sha256, _, start, length in contents}
 
 # %% ../../nbs/api/data/14_shards.ipynb #1ac62275
@@ -214,11 +217,11 @@ def adopt_shards(
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(ahead.glob("*.tar")):
         if not recall_hash(ahead, path): continue   # a kill came between the shard and its note
-        images = read_index(path)
-        if not images.keys() <= wanted or all(sha256 in known or sha256 in found for sha256 in images): continue
         place = folder/path.name
+        images = read_index(path, place)
+        if not images.keys() <= wanted or all(sha256 in known or sha256 in found for sha256 in images): continue
         _take(path, place)
-        found |= {sha256: image._replace(shard=place) for sha256, image in images.items()}
+        found |= images
     if found: sync_folder(folder)
     return found
 

@@ -282,11 +282,11 @@ def open_snapshot(snapshot: Snapshot) -> SnapshotReader:
 def take_turns(table: pd.DataFrame, count: int) -> pd.DataFrame:
     "So many samples of the splits, the classes taking turns."
     mixed = table.loc[table["split"] != "none", ["label"]].sample(frac=1, random_state=0)
-    turns = mixed.assign(turn=mixed.groupby("label").cumcount()).sort_values(["turn", "label"], kind="stable")
+    turns = mixed.assign(turn=mixed.groupby("label").cumcount()).query("turn < @count").sort_values(["turn", "label"], kind="stable")
     return table.loc[turns.index[:count]]
 
 def draw_snapshot(snapshot: Snapshot, count: int = 32, reader: SnapshotReader | None = None) -> Image.Image:
     "A contact sheet from the shards themselves, the classes taking turns: label and split."
     reader = reader or open_snapshot(snapshot)
     few = list(take_turns(reader.table, count).sort_values(["label", "id"]).itertuples())
-    return draw_grid([decode_image(reader.read(row.id), row.bytes, float("inf")) for row in few], [f"{row.label} ({row.split})" for row in few])
+    return draw_grid([decode_image(reader.read(row.id), row.bytes, float("inf"), 112) for row in few], [f"{row.label} ({row.split})" for row in few])

@@ -92,7 +92,8 @@ def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any],
     "Class balance, a sample grid in which the classes take turns, the images of the worst quality, and the map of all."
     table, turns = reader.table, take_turns(reader.table, count)
     flagged = table["tags"].map(lambda tags: not set(tags).isdisjoint(QUALITY))
-    ranks = table[["id"]].assign(flagged=flagged, oddness=measure_oddness(table)).sort_values(["flagged", "oddness", "id"], ascending=[False, False, True]).head(count)
+    ranks = table[["id"]].assign(flagged=flagged, oddness=measure_oddness(table))
+    ranks = ranks.assign(rank=100*flagged + ranks["oddness"]).nlargest(count, "rank", keep="all").sort_values(["rank", "id"], ascending=[False, True]).head(count)
     worst = table.loc[ranks.index].assign(flagged=ranks["flagged"], oddness=ranks["oddness"])
     said = [", ".join(tag for tag in row.tags if tag in QUALITY) or f"{row.oddness:.1f}" for row in worst.itertuples()]
     return {
@@ -103,7 +104,7 @@ def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any],
     }
 
 def _show(reader: SnapshotReader, rows: pd.DataFrame) -> list[Any]:
-    return [decode_image(reader.read(row.id), row.bytes, float("inf")) for row in rows.itertuples()]
+    return [decode_image(reader.read(row.id), row.bytes, float("inf"), 112) for row in rows.itertuples()]
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #ca15d951
 _TITLES = {"classes": "Class balance", "samples": "Samples", "worst": "Worst quality", "map": "Map: what looks alike lies together"}
