@@ -19,8 +19,8 @@ from watch_bench import fill_bench, take_picture
 from cvops_wb.core.settings import load_settings
 from cvops_wb.serve import Client, Controller, RolloutFile, RolloutSpec, service_running
 from cvops_wb.serve.predictions import PredictionLog, compact_predictions
-from cvops_wb.watch import dashboard_running, read_glance, read_rollout, render_front, render_rollout, write_mail
 from cvops_wb.serve.rollouts.states import Arm, end, promote
+from cvops_wb.watch import dashboard_running, read_glance, read_rollout, render_front, render_rollout, write_mail
 from cvops_wb.watch.live.aggregates import BINS, Aggregates, count_rows, find_quantile
 from cvops_wb.watch.live.previews import find_preview
 from cvops_wb.watch.verdicts.states import Cause, DriftState, Estimate, write_drift_state
