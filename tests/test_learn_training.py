@@ -1,17 +1,20 @@
 "From photographs to a registered model, through the data wing, torch, ONNX Runtime, DVC and MLflow; and what cannot be trained."
 import shutil
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import PYPROJECT, REPO
+from PIL import Image
 
 from cvops_wb.core.errors import BadInput, UnknownName, WrongUsage
 from cvops_wb.core.places import locate
 from cvops_wb.core.processes import hush
-from cvops_wb.core.settings import load_settings
+from cvops_wb.core.settings import Tracking, load_settings
 from cvops_wb.data import CurateSpec, IngestSpec, SnapshotSpec, curate, ingest, open_snapshot, take_snapshot
 from cvops_wb.learn import (
     EvaluateSpec,
@@ -35,7 +38,8 @@ from cvops_wb.learn import (
     train,
 )
 from cvops_wb.learn.loading import load_pixels
-from cvops_wb.learn.training import Diverged, NoDevice, choose_device
+from cvops_wb.learn.tasks import TASKS
+from cvops_wb.learn.training import Diverged, NoDevice, choose_device, complete, gather, show_all
 
 TINY = TrainSpec(network="small_resnet:8", epochs=8, size=32, batch_size=8, track=False)
 REFERENCE = {"id", "label", "predicted", "confidence", "entropy_of_scores", "embedding",
@@ -100,7 +104,32 @@ def test_from_photographs_to_a_champion(shelf, capsys):
     run = client.get_run(find_run(client, experiment, "train-1"))
     assert run.info.run_id == candidate.tracking and run.data.tags["cvops.snapshot"] == snapshot.id and run.data.metrics["test_accuracy"] >= 0
     assert len(client.get_metric_history(run.info.run_id, "loss")) == 12
-    assert {"curves.png", "confusion.png", "model.json"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert {"curves.png", "confusion.png", "samples.png", "predictions.png", "model.json"} <= {a.path for a in client.list_artifacts(run.info.run_id)}
+
+
+def test_mlflow_has_the_pictures_and_the_machine(shelf, monkeypatch):
+    "From `train` alone: pictures of a sensible size, system metrics of the time it took; photographs only where `cvops forget` reaches."
+    from cvops_wb.data.versions.erasure import _empty_cache
+    from cvops_wb.learn.tracking import open_client
+    settings, snapshot = shelf
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", ".2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the picture")
+        candidate = train(snapshot, replace(TINY, track=True), room(settings, "train-pictures"))
+    client, _ = open_client(settings)
+    metrics = client.get_run(candidate.tracking).data.metrics
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= set(metrics) and metrics["system/system_memory_usage_megabytes"] > 0
+    shown = {a.path for a in client.list_artifacts(candidate.tracking)}
+    assert {"confusion.png", "samples.png", "predictions.png"} <= shown
+    for name in ("confusion.png", "samples.png", "predictions.png"): assert min(Image.open(settings.reports/"train-pictures"/name).size) > 100
+    monkeypatch.setattr("cvops_wb.data.versions.erasure.KEPT", [path.name for path in settings.cache.glob("*")])     # others of this module need theirs
+    _empty_cache(settings)
+    assert {"samples.png", "predictions.png"} & {a.path for a in client.list_artifacts(candidate.tracking)} == set()
+
+    elsewhere = replace(settings, tracking=Tracking(uri="http://127.0.0.1:9"))
+    kept = []
+    show_all(elsewhere, SimpleNamespace(keep=kept.append), candidate, gather(settings, TASKS["classification"](), snapshot, complete(TINY, snapshot)), room(settings, "train-elsewhere"))
+    assert [path.name for path in kept] == ["confusion.png"]
 
 
 def test_the_same_seed_gives_the_same_model(shelf):

@@ -89,6 +89,7 @@ class Background:
 # %% ../../nbs/api/learn/10_tracking.ipynb #3be09304
 class Tracker(Background):
     "One run of MLflow, written from the background."
+    stop: Callable[[], None] = staticmethod(lambda: None)   # of the system metrics, if they are on
 
     def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
         "Numbers of one step; what is not finite is left out."
@@ -103,9 +104,21 @@ class Tracker(Background):
         "A file as an artifact."
         self.add(lambda client, run: client.log_artifact(run, str(path)))
 
+    def watch(self) -> None:
+        "MLflow's own system metrics, `system/…`: processor, memory, disk, network, GPU where there is one; every ten seconds until the end."
+        self.add(self._watch)
+
+    def _watch(self, client: Any, run: str) -> None:
+        try: from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+        except ImportError: return      # without psutil; the rest is tracked all the same
+        monitor = SystemMetricsMonitor(run, tracking_uri=client.tracking_uri)
+        monitor.start()
+        self.stop = monitor.finish
+
     def finish(self, status: str = "FINISHED", patience: float = 120.) -> str:
         "Wait until all is written; returns MLflow's run id, or empty and a warning if that failed."
         if not self.enabled: return ""
+        self.add(lambda client, run: self.stop())
         self.add(lambda client, run: client.set_terminated(run, status))
         self._jobs.put(None)
         self._thread.join(patience)

@@ -6,12 +6,14 @@
 __all__ = ['WATCHED', 'STATISTICS', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device', 'check_spec', 'choose_epochs',
            'complete', 'check_task', 'seed_all', 'to_fit', 'pick_shared', 'shorten_memory', 'History', 'say', 'train',
            'find_checkpoint', 'keep_batch', 'choose_way', 'classify', 'look_once', 'teach', 'Material', 'gather',
-           'count_parameters', 'name_finer', 'deliver', 'file_away', 'draw_history', 'plot_history', 'draw_predictions']
+           'count_parameters', 'name_finer', 'deliver', 'file_away', 'show_all', 'draw_samples', 'draw_mistakes',
+           'draw_history', 'plot_history', 'draw_predictions']
 
 # %% ../../nbs/api/learn/07_training.ipynb #d899b7f1
 import math
 import os
 import random
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from time import perf_counter, process_time
@@ -21,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.drawing import COLOURS, draw_grid, new_figure, write_picture
+from ..core.drawing import COLOURS, draw_grid, draw_matrix, new_figure, write_picture
 from ..core.errors import CvopsError, WrongUsage
 from ..core.files import hash_value, write_atomic
 from ..core.places import locate, name_final
@@ -33,8 +35,8 @@ from .learners import LEARNERS, LearnSpec
 from .learners.checkpoints import Checkpoints
 from .learners.classification import ClassificationLearner, FitSpec
 from .learners.optimizers import SCHEDULES
-from .mirrors import gather_run, list_mirrors, mirror_run
 from .loading import Pixels, check_classes, load_pixels, read_photos, take_split
+from .mirrors import gather_run, list_mirrors, mirror_run
 from .learners.shots import recall_all
 from .networks import build_network
 from .networks.shots import Shots
@@ -174,6 +176,7 @@ def train(
     material = gather(settings, task, snapshot, spec)
     network = check_task(build_network(spec.network, task.count(material.classes), spec.size, spec.weights), spec).to(device)
     with tracked(settings, out.name.removesuffix(".part"), fresh=True, enabled=spec.track) as tracker:
+        tracker.watch()
         history = History(out/"history.csv", tracker, task.main_metric)
         kept = find_checkpoint(settings, snapshot, spec, device)
         try: recipe, before = choose_way(network, spec)(network, material, spec, history, kept)
@@ -183,6 +186,7 @@ def train(
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
                               {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), before.seconds + perf_counter() - begin, before.cpu + process_time() - cpu)
+        if spec.track: show_all(settings, tracker, candidate, material, out)
         candidate = replace(candidate, tracking=file_away(tracker, candidate, history, out))
         if spec.track: mirror_run(settings, gather_run(settings, candidate, out))
         kept.drop()
@@ -295,6 +299,27 @@ def file_away(tracker: Tracker, candidate: Candidate, history: History, out: Pat
     tracker.log(candidate.metrics, len(history.rows))
     for path in (out/"curves.png", out/"history.csv", out/"model"/"model.json", out/"model"/"manifest.json"): tracker.keep(path)
     return tracker.finish()
+
+# %% ../../nbs/api/learn/07_training.ipynb #17466545
+def show_all(settings: Settings, tracker: Tracker, candidate: Candidate, material: Material, out: Path) -> None:
+    "Write samples.png, predictions.png and confusion.png, and give them to MLflow."
+    makers = {"confusion": lambda: draw_mistakes(candidate)} if candidate.task == "classification" else {}
+    if not settings.tracking.uri: makers |= {"samples": lambda: draw_samples(material), "predictions": lambda: draw_predictions(candidate)}
+    for name, make in makers.items():
+        try: tracker.keep(write_picture(out/f"{name}.png", make()))
+        except Exception as e: warnings.warn(f"the picture {name} could not be drawn; the run itself is not harmed: {e}", stacklevel=2)
+
+def draw_samples(material: Material, most: int = 24, seed: int = 0) -> Any:
+    "Some images to learn from, as they are kept in memory, with their labels where each has one."
+    rows = material.rows.sample(min(most, len(material.rows)), random_state=seed)
+    captions = [str(label) for label in rows["label"]] if material.task.truth == "label" else []
+    return draw_grid(list(material.pixels.take(rows["id"])), captions, columns=6, side=132)
+
+def draw_mistakes(candidate: Candidate) -> Any:
+    "The confusion matrix of the held-out photographs that were watched, `val`."
+    table = read_model(locate(candidate.model), candidate.manifest_sha256).read_reference()
+    counts = pd.crosstab(table["label"], table["predicted"]).reindex(index=candidate.classes, columns=candidate.classes, fill_value=0)
+    return draw_matrix(counts.to_numpy(), candidate.classes, f"{len(table)} images of val")
 
 # %% ../../nbs/api/learn/07_training.ipynb #6213f20d
 def draw_history(candidate: Candidate) -> Any:
