@@ -1133,6 +1133,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'cvops_wb/data/snapshots.py'),
                                          'cvops_wb.data.snapshots._record': ( 'api/data/snapshots.html#_record',
                                                                               'cvops_wb/data/snapshots.py'),
+                                         'cvops_wb.data.snapshots._uncollected': ( 'api/data/snapshots.html#_uncollected',
+                                                                                   'cvops_wb/data/snapshots.py'),
                                          'cvops_wb.data.snapshots._version': ( 'api/data/snapshots.html#_version',
                                                                                'cvops_wb/data/snapshots.py'),
                                          'cvops_wb.data.snapshots._write_version': ( 'api/data/snapshots.html#_write_version',

@@ -9,6 +9,7 @@ __all__ = ['REMOTE', 'ensure_dvc', 'run_dvc', 'locked', 'version_data', 'make_cu
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #7e691a48
 import fcntl
+import gc
 import json
 import os
 import re
@@ -171,13 +172,23 @@ def take_snapshot(
     from cvops_wb.data.versions.corrections import correct_labels    # both rooms read snapshots themselves
     from cvops_wb.data.versions.datacards import write_card
     settings = load_settings()
-    table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
-    table = correct_labels(table, read_events(settings, "labels"))
-    if spec.view: table = take_view(table, spec.view, settings)
-    with locked(settings): reader = _record(settings, table, spec.message, spec.push, spec.view)
-    write_picture(out/"snapshot.png", draw_snapshot(reader.record, reader=reader))
-    write_card(reader.record, out, reader)
+    with _uncollected():
+        table = read_samples(selection.samples, settings).sort_values("id", ignore_index=True)
+        table = correct_labels(table, read_events(settings, "labels"))
+        if spec.view: table = take_view(table, spec.view, settings)
+        with locked(settings): reader = _record(settings, table, spec.message, spec.push, spec.view)
+        write_picture(out/"snapshot.png", draw_snapshot(reader.record, reader=reader))
+        write_card(reader.record, out, reader)
     return reader.record
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    # a list and a place for each sample, none of them garbage: looking for cycles among them is a tenth of a snapshot's work
+    was = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was: gc.enable()
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #6c5e9c49
 def _write_version(settings: Settings, table: pd.DataFrame, message: str, only: str = "") -> "SnapshotReader":

@@ -91,7 +91,8 @@ def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any], count: int = 24) -> dict[str, Any]:
     "Class balance, a sample grid in which the classes take turns, the images of the worst quality, and the map of all."
     table, turns = reader.table, take_turns(reader.table, count)
-    flagged = table["tags"].map(lambda tags: not set(tags).isdisjoint(QUALITY))
+    faults = set(QUALITY)
+    flagged = pd.Series([not faults.isdisjoint(tags) for tags in table["tags"]], table.index, dtype=bool)
     ranks = table[["id"]].assign(flagged=flagged, oddness=measure_oddness(table))
     ranks = ranks.assign(rank=100*flagged + ranks["oddness"]).nlargest(count, "rank", keep="all").sort_values(["rank", "id"], ascending=[False, True]).head(count)
     worst = table.loc[ranks.index].assign(flagged=ranks["flagged"], oddness=ranks["oddness"])
