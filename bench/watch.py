@@ -1,11 +1,11 @@
 """What a look costs when the log is long: `monitor`, the counts behind the pages, and the page `monitoring` in Chromium.
 
-    python bench/watch.py [--quick] [--json FILE] [--rows N]
+    python bench/watch.py [--quick] [--json FILE] [--rows N] [--no-browser | --pages]
 
 A workbench is made with a log of N predictions (10 million; 200,000 if quick) in segments of 5,000, as the service leaves them when they are compacted: all columns, an embedding
 of 64 numbers, four cameras, thirty days. Beside it stands one with a fiftieth of the rows. In turns, each look in a process of its own: the first look of `monitor` at the last 2,000
 predictions, a later one after 5,000 more, the counts of the whole log (made once), of what is new, and the page's view of 24 hours. The page is opened in headless Chromium,
-from the address to the first picture, by one viewer and by three at once. Peer: the same numbers of a day from reading the log with pandas.
+from the address to the first picture and to the live page, by one viewer and by three at once. Peer: the same numbers of a day from reading the log with pandas.
 """
 import argparse
 import json
@@ -111,24 +111,26 @@ def look(what, root):
 
 
 def open_pages(settings, viewers, runs):
-    "Seconds from the address to the first picture, each viewer's."
+    "Seconds from the address to the first picture and to the live page, each viewer's."
     from playwright.sync_api import sync_playwright
 
     from cvops_wb.watch import dashboard_running
-    found, seen = [], "() => document.querySelectorAll('.wb svg.chart').length > 3 && document.querySelector('.wb .tile strong').innerText.length > 0"
+    found, lives, seen = [], [], "() => document.querySelectorAll('.wb svg.chart').length > 3 && document.querySelector('.wb .tile strong').innerText.length > 0"
+    live = "() => !document.querySelector('#wb-preview') && document.querySelectorAll('.wb-stand .wb svg.chart').length > 3"
     with dashboard_running(settings=settings, name="monitoring") as (address, _), sync_playwright() as p:
         browser = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--disable-quic"])
         time.sleep(8)       # the kernel for the next viewer is made while nobody waits
         for _ in range(runs):
             tabs, begin = [browser.new_context(viewport={"width": 1300, "height": 900}).new_page() for _ in range(viewers)], time.perf_counter()
             for tab in tabs: tab.goto(address, wait_until="commit")
-            for tab in tabs:
-                tab.wait_for_function(seen, timeout=120_000)
-                found.append(time.perf_counter() - begin)
+            for condition, times in ((seen, found), (live, lives)):
+                for tab in tabs:
+                    tab.wait_for_function(condition, timeout=120_000)
+                    times.append(time.perf_counter() - begin)
             for tab in tabs: tab.context.close()
             time.sleep(8)
         browser.close()
-    return found
+    return found, lives
 
 
 def row(measure, ours, peer=None, peer_name="", goal="told", met=None, runs=1, note=""):
@@ -157,12 +159,24 @@ def compare_looks(long, short, rows, tables, runs):
     return told
 
 
+def compare_pages(settings, size, runs):
+    "The page in Chromium, for one viewer and for three at once."
+    os.environ["CVOPS_ROOT"], rows = str(settings.root), []
+    for viewers, goal in ((1, True), (3, False)):
+        for name, found in zip(("first picture", "live page"), open_pages(settings, viewers, runs), strict=True):
+            told = goal and name == "first picture"
+            rows.append(row(f"monitoring in Chromium, to the {name}, s, {viewers} viewer{'s at once' if viewers > 1 else ''}, log of {size:,}", median(found), None, "", "<= 3" if told else "told",
+                            median(found) <= 3 if told else None, len(found), f"slowest {max(found):.1f}"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=int, default=0)
     parser.add_argument("--no-browser", action="store_true")
+    parser.add_argument("--pages", action="store_true", help="the page in Chromium alone")
     options = parser.parse_args()
     sys.path[:0] = [str(REPO), str(REPO/"tests")]
     from cvops_wb.core.processes import hush
@@ -176,19 +190,17 @@ def main() -> None:
         reference = make_window(1000, seed=99)
         reference["embedding"] = list(np.random.default_rng(99).normal(size=(1000, 64)).astype(np.float32))
         reference["camera"] = np.random.default_rng(98).choice([f"camera-{k}" for k in range(4)], 1000)
-        long, short = (make_bench(folder/name, tables, reference, size) for name, size in (("long", count), ("short", max(SEGMENT, count//50))))
-        rows = compare_looks(long, short, count, tables, runs)
-        middle = long if options.quick else make_bench(folder/"middle", tables, reference, 1_000_000)
-        if middle is not long: look("count", middle.root)
-        whole, ours = look("pandas", middle.root), median(look("glance", middle.root)["seconds"] for _ in range(runs))
-        size = count if options.quick else 1_000_000
-        rows.append(row(f"page of 24 hours, drawn, s, log of {size:,}", ours, whole["seconds"], "pandas over the log, no page", runs=runs, note=f"its memory: {whole['mb']:.0f} MB"))
-        if not options.no_browser:
-            os.environ["CVOPS_ROOT"] = str(middle.root)
-            for viewers, goal in ((1, True), (3, False)):
-                found = open_pages(middle, viewers, 1 if options.quick else 5)
-                rows.append(row(f"monitoring in Chromium, to the first picture, s, {viewers} viewer{'s at once' if viewers > 1 else ''}, log of {size:,}", median(found), None, "", "<= 3" if goal else "told",
-                                median(found) <= 3 if goal else None, len(found), f"slowest {max(found):.1f}"))
+        rows, middle, size = [], None, count if options.quick else 1_000_000
+        if not options.pages:
+            long, short = (make_bench(folder/name, tables, reference, amount) for name, amount in (("long", count), ("short", max(SEGMENT, count//50))))
+            rows, middle = compare_looks(long, short, count, tables, runs), long if options.quick else None
+        if middle is None:
+            middle = make_bench(folder/"middle", tables, reference, size)
+            for what in ("count", "monitor"): look(what, middle.root)
+        if not options.pages:
+            whole, ours = look("pandas", middle.root), median(look("glance", middle.root)["seconds"] for _ in range(runs))
+            rows.append(row(f"page of 24 hours, drawn, s, log of {size:,}", ours, whole["seconds"], "pandas over the log, no page", runs=runs, note=f"its memory: {whole['mb']:.0f} MB"))
+        if not options.no_browser: rows += compare_pages(middle, size, 1 if options.quick else 5)
     print("| measure | ours | peer | | ratio | goal | met | note |\n|---|---|---|---|---|---|---|---|")
     for r in rows: print("|", " | ".join("" if v is None else str(v) for v in (r[k] for k in ("measure", "ours", "peer", "peer_name", "ratio", "goal", "met", "note"))), "|")
     if options.json: options.json.write_text(json.dumps(rows, indent=1) + "\n")

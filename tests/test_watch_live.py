@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,8 +19,10 @@ from watch_bench import fill_bench, take_picture
 from cvops_wb.core.settings import load_settings
 from cvops_wb.serve import Client, Controller, RolloutFile, RolloutSpec, service_running
 from cvops_wb.serve.predictions import PredictionLog, compact_predictions
+from cvops_wb.serve.rollouts.states import Arm, end, promote
 from cvops_wb.watch import dashboard_running, read_glance, read_rollout, render_front, render_rollout, write_mail
 from cvops_wb.watch.live.aggregates import BINS, Aggregates, count_rows, find_quantile
+from cvops_wb.watch.live.previews import find_preview
 from cvops_wb.watch.verdicts.states import Cause, DriftState, Estimate, write_drift_state
 
 REPO = Path(__file__).parents[1]
@@ -220,6 +223,9 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
             tab.goto(address)
             tab.wait_for_selector(".wb h1", timeout=60_000)
             assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        for tab in tabs:        # the live page takes the place of what was seen first
+            tab.wait_for_selector(".wb-stand .wb h1", timeout=60_000)
+            assert tab.query_selector("#wb-preview") is None and tab.locator(".wb").count() == 1
         tabs[0].select_option("select >> nth=1", label="west")     # one viewer picks, the other does not notice
         tabs[0].wait_for_function(f"({answers})() === '300'", timeout=20_000)
         assert tabs[1].evaluate(answers) == "600"
@@ -229,11 +235,42 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
         tabs[1].wait_for_function("document.querySelector('.wb .over').innerText.toLowerCase().includes('1 hour')", timeout=20_000)
         assert tabs[0].evaluate(answers) == "311" and errors == [] and all(url.startswith((address.split("?")[0], "data:", "blob:", "ws://127.0.0.1")) for url in asked)
         closed = browser.new_context().new_page()
-        assert closed.goto(address.split("?")[0]).status == 403
+        assert closed.goto(address.split("?")[0]).status == 403 and "wb-preview" not in closed.content()
+        text = httpx.get(address, timeout=60, trust_env=False).text      # what can be seen comes before what a kernel makes
+        assert text.index("the live page follows") < text.index("<svg") < text.index("</main>") < text.index("jupyter-config-data")
         browser.close()
 
 
+def test_viewers_share_the_first_picture(workbench):
+    plant(workbench)
+    drawn = []
+    preview = find_preview(REPO/"nbs"/"dashboards"/"monitoring.ipynb", workbench)
+    draw = preview.draw
+    preview.draw = lambda: (drawn.append(1), time.sleep(.05), draw())[2]
+    with ThreadPoolExecutor(6) as pool: texts = set(pool.map(lambda _: preview.take(), range(6)))
+    assert len(texts) == len(drawn) == 1 and "camera-3: darker by 40 %" in preview.text and preview.text.count("data:image/jpeg") == 6
+    write_rows(workbench.store/"predictions", time.time() + np.arange(11.), 2, "west")
+    assert ">600<" in preview.take() and len(drawn) == 1
+    preview.made -= preview.keep        # it has grown old
+    assert ">611<" in preview.take() and len(drawn) == 2
+
+
+def test_a_page_that_a_person_changed_has_no_preview(workbench, tmp_path):
+    text = (REPO/"nbs"/"dashboards"/"monitoring.ipynb").read_text()
+    (tmp_path/"mine.ipynb").write_text(text.replace("show_monitoring()", "show_monitoring('7 days')"))
+    assert find_preview(tmp_path/"mine.ipynb", workbench) is None and find_preview(REPO/"nbs"/"dashboards"/"workbench.ipynb", workbench) is None
+
+
 # ---- the page of a rollout
+
+def test_a_promoted_version_is_held_against_the_one_it_replaced(workbench):
+    file = RolloutFile(workbench.store/"rollout")
+    file.start(Arm(7, "old", "a"), Arm(8, "new", "b"), "r")
+    for change, share in ((None, "1%"), (promote, "100%"), (end, "100%")):
+        if change: file.change(change, "fine")
+        page = render_rollout(read_rollout(workbench))
+        assert "baseline: version 7" in page and "challenger: version 8" in page and f"<strong class=\"\">{share}</strong>" in page
+
 
 def test_no_rollout_yet(workbench):
     assert "cvops rollout start VERSION" in render_rollout(read_rollout(workbench))
