@@ -23,6 +23,7 @@ from serve_toy import REPO, make_graph, photograph, register_toy, seal, write_mo
 from cvops_wb.core.errors import BadModel
 from cvops_wb.core.files import dump_json
 from cvops_wb.serve import PackageSpec, package, service_running, verify_model
+from cvops_wb.serve.protocols.registered import list_registered
 
 FULL = bool(os.environ.get("CVOPS_FULL"))
 NAMES = list(FORMS)
@@ -386,6 +387,15 @@ def test_an_ingest_that_unpickles_would_be_found(bench, marks, cases):
     _, heard = read_all(bench, marks, "leaking", sources=sources, leak=True)
     assert [path.name for path in marks.iterdir()] == ["planted"] and {"pickle.find_class", "os.system"} <= {event for _, event, _ in heard}
     (marks/"planted").rmdir()
+
+
+@pytest.mark.parametrize("name", ["pickle, protocol 0", "pickle, protocol 5", "torch, old", "zip"])
+def test_a_payload_among_the_events(name, tmp_path):
+    "Lines of the registry that are no events are passed over; those around them count."
+    (tmp_path/"data/registry").mkdir(parents=True)
+    event = json.dumps({"event": "registered", "name": "toy", "version": 3, "model": "m", "manifest_sha256": "0", "passed": True}).encode()
+    (tmp_path/"data/registry/events.jsonl").write_bytes(arm(name, tmp_path/"struck") + b"\n" + event + b"\n")
+    assert list(list_registered(tmp_path, "toy")) == [3] and not (tmp_path/"struck").exists()
 
 
 @pytest.mark.parametrize("place", [name for name, (*_, refused) in PLACES.items() if refused])

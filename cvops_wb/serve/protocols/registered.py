@@ -25,7 +25,7 @@ def list_registered(
     name: str,      # of the model
 ) -> dict[int, Arm]:
     "Version → files and manifest, of those that passed the gate; empty where there is no registry."
-    try: lines = (Path(root)/"data"/"registry"/"events.jsonl").read_text(encoding="utf-8").splitlines()
+    try: lines = (Path(root)/"data"/"registry"/"events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError: return {}
     events = [event for line in lines if isinstance(event := _parse(line), dict) and event.get("event") == "registered" and event.get("name") == name]
     return {e["version"]: Arm(e["version"], e["model"], e["manifest_sha256"]) for e in events if e.get("passed") and e.get("version")}
