@@ -249,7 +249,7 @@ def test_viewers_share_the_first_picture(workbench):
     preview.draw = lambda: (drawn.append(1), time.sleep(.05), draw())[2]
     with ThreadPoolExecutor(6) as pool: texts = set(pool.map(lambda _: preview.take(), range(6)))
     assert len(texts) == len(drawn) == 1 and "camera-3: darker by 40 %" in preview.text and preview.text.count("data:image/jpeg") == 6
-    write_rows(workbench.store/"predictions", time.time() + np.arange(11.), 2, "west")
+    write_rows(workbench.store/"predictions", time.time() - 30 + np.arange(11.), 2, "west")
     assert ">600<" in preview.take() and len(drawn) == 1
     preview.made -= preview.keep        # it has grown old
     assert ">611<" in preview.take() and len(drawn) == 2
