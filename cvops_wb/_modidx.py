@@ -2074,6 +2074,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'cvops_wb/learn/modelcards.py')},
             'cvops_wb.learn.networks.conversion': { 'cvops_wb.learn.networks.conversion.convert_weights': ( 'api/learn/networks/conversion.html#convert_weights',
                                                                                                             'cvops_wb/learn/networks/conversion.py'),
+                                                    'cvops_wb.learn.networks.conversion.name_stranger': ( 'api/learn/networks/conversion.html#name_stranger',
+                                                                                                          'cvops_wb/learn/networks/conversion.py'),
                                                     'cvops_wb.learn.networks.conversion.pick_tensors': ( 'api/learn/networks/conversion.html#pick_tensors',
                                                                                                          'cvops_wb/learn/networks/conversion.py'),
                                                     'cvops_wb.learn.networks.conversion.read_tensors': ( 'api/learn/networks/conversion.html#read_tensors',

@@ -51,3 +51,8 @@ def test_shared_tensors_and_files_that_are_none(tmp_path):
         with pytest.raises(BadModel): convert_weights(tmp_path/f"{name}.pth")
     torch.save([1, 2], tmp_path/"list.pth")
     with pytest.raises(BadModel, match="no tensors"): convert_weights(tmp_path/"list.pth")
+
+
+def test_nobody_is_told_to_run_it_all_the_same():
+    told = "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed. Please file an issue: Unsupported global: GLOBAL posix.system was not an allowed global"
+    assert name_stranger(told) == "posix.system" and "weights_only" not in name_stranger("Re-running with weights_only=False will likely succeed")
