@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from cvops_wb.core.errors import BadInput, BadModel, WrongUsage
 from cvops_wb.learn import build_network, convert_weights
+from cvops_wb.learn.networks.conversion import name_stranger
 
 
 class Payload:
