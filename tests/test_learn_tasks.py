@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from cvops_wb.core.errors import BadInput, WrongUsage
 from cvops_wb.learn.exporting import check_parity, open_session, run_session, to_onnx
-from cvops_wb.learn.learners import LEARNERS, LearnSpec, learn
+from cvops_wb.learn.fitting import fit
+from cvops_wb.learn.learners import LEARNERS, LearnSpec
 from cvops_wb.learn.loading import Pixels
 from cvops_wb.learn.networks import build_network, heatmap
 from cvops_wb.learn.tasks import TASKS, check_labels, choose_task
@@ -109,7 +110,7 @@ def teach(name: str, network: str, epochs: int) -> tuple[float, object, object]:
     torch.set_num_threads(1)
     task, material = gather(name)
     made, losses = build_network(network, task.count(CLASSES), SIDE), []
-    learn(LEARNERS[name](made, material, LearnSpec(epochs=epochs, batch=6, every=epochs)), lambda report: losses.append(report["loss"]))
+    fit(LEARNERS[name](made, material, LearnSpec(epochs=epochs, batch=6, every=epochs)), lambda report: losses.append(report["loss"]))
     session = open_session(to_onnx(made, SIDE, task.outputs), 1)
     images = material.exact.take(material.held["id"])
     assert check_parity(made, session, images[:4]) < 1e-2 and losses[-1] < losses[0]
