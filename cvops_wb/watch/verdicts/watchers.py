@@ -47,6 +47,7 @@ def measure_gap(counts: np.ndarray, home: np.ndarray) -> np.ndarray:
     sides = [np.cumsum(table, 1)/max(table[0].sum(), 1) for table in (counts, home)]
     return np.abs(sides[0] - sides[1]).max(1)
 
+# %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #wa000002
 @dataclass
 class Stream:
     "The rows of one camera, or of all."
