@@ -7,7 +7,6 @@ __all__ = ['WORTH', 'SPANS', 'make_tables', 'log_choose', 'measure_mix', 'measur
            'weigh_categories']
 
 # %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000003
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 

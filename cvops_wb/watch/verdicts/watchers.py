@@ -155,9 +155,9 @@ class Watcher:
         if camera not in self.streams:
             place = len(self.streams)       # the whole stream is the first
             level = self.alpha/2*(1 if camera == ALL else 6/(math.pi*place)**2)
-            with np.errstate(divide="ignore"): bars = -np.log(level*share_level(self.ruler))
-            scanned = np.flatnonzero(np.isfinite(bars[1]))
-            self.streams[camera] = open_stream(self.tables, bars[0], self.homes.get(camera), Scan(scanned, bars[1, scanned]))
+            bets, scans = level*share_level(self.ruler)
+            scanned = np.flatnonzero(scans)
+            self.streams[camera] = open_stream(self.tables, -np.log(bets), self.homes.get(camera), Scan(scanned, -np.log(scans[scanned])))
         return self.streams[camera]
 
     def add(self, rows: pd.DataFrame) -> float:
@@ -186,8 +186,7 @@ class Watcher:
             for camera in list(self.streams): self._renew(camera)
 
     def _renew(self, camera: str) -> None:
-        old = self.streams[camera]
-        first = self.homes.get(camera, old.home if old.home.sum() else None)
+        first = self.homes.get(camera, old.home if (old := self.streams[camera]).home.sum() else None)
         self.streams[camera] = replace(open_stream(self.tables, old.bars, first, Scan(old.scan.lanes, old.scan.bars)), newest=old.newest)
 
     @property
