@@ -71,14 +71,14 @@ SHARES = np.random.default_rng(9).dirichlet(np.full(36, 2.))
 def draw_cells(rng, count, shares=SHARES): return rng.choice(36, count, p=shares).astype(np.uint8)[:, None]
 
 
-def scan_streams(shares, rows, streams, bar=np.log(20.), broken=False):
+def scan_streams(shares, rows, streams, bar=3., broken=False):
     "The greatest score of the scans of independent streams, in parts of the bar; `broken`: the reference is taken for the truth, as if its shares were known."
     found = []
     for seed in range(streams):
         rng = np.random.default_rng(seed)
         home = np.bincount(draw_cells(rng, 300)[:, 0], minlength=CELLS)[None]
         scan = Scan(np.array([0]), np.array([bar]))
-        for start in range(0, rows, 25): scan.add(draw_cells(rng, 25, shares), home*20 if broken else home)
+        for _ in range(0, rows, 25): scan.add(draw_cells(rng, 25, shares), home*20 if broken else home)
         found.append(scan.best[0, 0])
     return np.array(found)
 
