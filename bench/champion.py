@@ -4,6 +4,7 @@
     look = learn_champion(images, labels, epochs=16)      # look(images) → classes, chances (N, K), embeddings (N, D)
 """
 import hashlib
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def learn_champion(images, labels, epochs=16, seed=0):
 
     from cvops_wb.learn.networks import Served, build_network
     from cvops_wb.learn.training import seed_all
-    seed_all(seed)
+    seed_all(seed, int(os.environ.get("OMP_NUM_THREADS") or 0))
     classes, pixels = np.unique(labels), to_pixels(images, SIZE)
     network = build_network("small_resnet", len(classes), SIZE)
     key = hashlib.sha256(pixels.tobytes() + "\n".join(labels).encode() + f"{epochs} {seed}".encode()).hexdigest()[:16]

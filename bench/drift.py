@@ -375,7 +375,7 @@ def main() -> None:
     sets = {"grocery": lambda: read_photos(options.photos, 240 if options.quick else 2640), "drawn": lambda: draw_photos(60 if options.quick else 600)}
     rows: list[dict] = []
     for name, make in list(sets.items())[:1 if options.quick else 2]:
-        world = World(name, *make(), names)
+        world = World(name, *make(), names, 2 if options.quick else 16)
         changes = world.list_changes()
         if not rows: rows += compare_speed(world, 2 if options.quick else 7, rng)
         alarms = count_alarms(world, nulls, rng)
