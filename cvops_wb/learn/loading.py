@@ -138,8 +138,9 @@ def take_split(
     rows = table[(table["split"] == split) & (known | (not labelled))]
     if len(rows): return rows.reset_index(drop=True)
     counts = table["split"].value_counts().to_dict()
-    raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}",
-                   fix="curate again with a larger share for it (`cvops curate -p val=0.2`), and take a new snapshot")
+    fix = "curate again with a larger share for it (`cvops curate -p val=0.2`), and take a new snapshot" if known.any() else \
+          "nothing has a label yet: ingest sub-folders a class or a CSV of path,label, or write labels with `cvops relabel` and take a new snapshot"
+    raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}", fix=fix)
 
 def check_classes(rows: pd.DataFrame, split: str = "train") -> int:
     "How many classes the rows hold; `BadInput` if fewer than two."
