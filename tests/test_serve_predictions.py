@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cvops_wb.core.errors import BadRecord
-from cvops_wb.serve import compact_predictions, read_predictions
+from cvops_wb.serve import compact_predictions, list_segments, read_predictions, read_segment
 from cvops_wb.serve.inference import Answer
 from cvops_wb.serve.predictions import COLUMNS, MEASURED, PredictionLog, tell_time, to_measured, to_row
 
@@ -90,6 +90,17 @@ def test_what_is_measured_later_is_filled_in(tmp_path):
     assert compact_predictions(tmp_path) == 3
     found = read_predictions(tmp_path).set_index("request_id")
     assert all({name: found.loc[str(k)][name] for name in LIGHT} == LIGHT for k in (0, 1, 3, 4)) and np.isnan(found.loc["2"].brightness)
+
+
+def test_who_follows_the_log_waits_for_what_is_measured(tmp_path):
+    log = PredictionLog(tmp_path)
+    found = [(log.append_open if k == 2 else log.append)({**blank(k), "time": tell_time()}) for k in range(4)]
+    [(stem, _)] = list_segments(tmp_path)
+    assert (read_segment(stem).num_rows, read_segment(stem, settled=True).num_rows) == (4, 2)
+    found[2](LIGHT)
+    assert read_segment(stem, settled=True).num_rows == 4
+    log.append_open({**blank(4), "time": tell_time(1e9)})
+    assert read_segment(stem, settled=True).num_rows == 5, "what nobody will fill in any more is not waited for"
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, 8, 40, 41, 55, 56])

@@ -131,6 +131,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 # %% ../../nbs/api/data/01_images.ipynb #aac4eaf5
+def _names_orientation(exif: Any) -> bool:
+    return not isinstance(exif, bytes) or b"\x01\x12" in exif or b"\x12\x01" in exif      # its tag, in either order of bytes
+
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}     # EXIF orientation → Pillow's Transpose
 
 def _turn(image: Image.Image, orientation: int) -> Image.Image:
@@ -141,6 +144,7 @@ def _read_exif(image: Image.Image) -> Any:
     except _BROKEN: return {}   # an image with damaged metadata is still an image
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "JPEG" and "xmp" not in image.info and not _names_orientation(image.info.get("exif", b"")): return 1
     value = _read_exif(image).get(0x112)
     return value if isinstance(value, int) else 1
 

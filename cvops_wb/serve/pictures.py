@@ -36,14 +36,17 @@ class Pictures:
     def __init__(self, folder: Path, settings: Serve):
         self.folder, self.settings, self.written = Path(folder), settings, 0
         self.line: queue.Queue = queue.Queue(WAITING)
+        self.known: set[str] = set()    # in line, or written since the oldest were last looked for
         self.thread = Thread(target=self._work, name="pictures", daemon=True)
         self.thread.start()
 
     def offer(self, sample: str, data: bytes, confidence: float, word: str = "") -> bool:
         "Have an image kept if it is wanted; whether it is in line."
         if not is_wanted(sample, confidence, self.settings, word): return False
+        if sample in self.known: return True    # a moment ago: nobody needs to wake
         try: self.line.put_nowait((sample, data))
         except queue.Full: return False
+        self.known.add(sample)
         return True
 
     def close(self) -> None:
@@ -59,10 +62,12 @@ class Pictures:
 
     def _write(self, sample: str, data: bytes) -> None:
         path = self.folder/sample[:2]/sample
-        if path.exists(): return
-        write_atomic(path, data, durable=False)
-        self.written += 1
-        if self.written % ROUND == 0: prune(self.folder, self.settings)
+        if not path.exists():
+            write_atomic(path, data, durable=False)
+            self.written += 1
+        if len(self.known) < ROUND: return
+        self.known.clear()
+        prune(self.folder, self.settings)
 
 def prune(folder: Path, settings: Serve, now: float | None = None) -> int:
     "Remove images that are too old, and the oldest of those that are too many; how many went."

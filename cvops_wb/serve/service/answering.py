@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -91,7 +92,7 @@ def see(app: State, data: bytes | Any, request: Request, version: int | None = N
     request.parts.append(("look", begin, logged := perf_counter()))
     ours, latency, raw = choice.loaded, round((perf_counter() - request.begin)*1e3, 3), isinstance(data, bytes)
     measure_later(request, image, note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag, request_id=name_part(request.id, place)), room=True))
-    if raw: app.pictures.offer(answer.id, data, answer.confidence, request.headers.get("x-keep", ""))
+    if raw: request.after.append(partial(app.pictures.offer, answer.id, data, answer.confidence, request.headers.get("x-keep", "")))
     if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
     request.parts.append(("prediction row", logged, perf_counter()))
     app.metrics.tell(ours.version, answer.label, answer.confidence, len(data) if raw else data.nbytes, waiting=app.gate.inside)
@@ -123,8 +124,12 @@ def answer_caller(app: State, data: bytes | Any, request: Request, version: int 
 
 def shadow(app: State, data: bytes, request: Request, loaded: Loaded, tag: str) -> None:
     "In a thread, after the answer: what the challenger would have said, for the log alone."
+    from cvops_wb.data import measure_image
     begin, ours = perf_counter(), tag.replace(BASELINE, CHALLENGER)
-    try: row = to_row(loaded.engine.predict(data), latency_ms=round((perf_counter() - begin)*1e3, 3), arm=ours)
+    try:
+        answer, image = loaded.engine.look(data)
+        latency = round((perf_counter() - begin)*1e3, 3)    # without what the champion's callers do not wait for either
+        row = {**to_row(answer, latency_ms=latency, arm=ours), **measure_image(image)}
     except Exception:
         logging.exception("version %s failed in the shadow of request %s", loaded.version, request.id)
         row = {"arm": ours, "failed": 1}
@@ -135,10 +140,10 @@ HELD = 4_000_000        # pixels of an image that is held until its answer is ou
 def measure_later(request: Request, image: Any, fill: Callable[[Mapping[str, Any]], None] | None) -> None:
     "Have an image's light measured when its answer is out; at once where it is large, or one of several, so that memory holds one."
     def measure() -> None:
-        from cvops_wb.data import measure_image
         found: Mapping[str, Any] = {}
         try: found = measure_image(image)
         finally: fill(found)
+    from cvops_wb.data import measure_image
     if fill is None: return
     if request.after or image.width*image.height > HELD: measure()
     else: request.after.append(measure)
