@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['resample_groups', 'bootstrap', 'time_model', 'EvaluateSpec', 'evaluate', 'predict', 'measure_unleaked', 'measure_all',
-           'slice_up', 'file_away', 'write_table', 'read_scores', 'draw_metrics', 'draw_confusion', 'plot_confusion',
-           'draw_classes', 'draw_calibration', 'draw_errors']
+           'measure_damaged', 'slice_up', 'file_away', 'write_table', 'read_scores', 'draw_metrics', 'draw_confusion',
+           'plot_confusion', 'draw_classes', 'draw_calibration', 'draw_errors']
 
 # %% ../../nbs/api/learn/08_evaluation.ipynb #8cb11f19
 import io
@@ -94,11 +94,14 @@ def evaluate(
     with tracked(settings, run, enabled=spec.track) as tracker:
         table, scores = predict(task, model, rows, pixels, [*FIELDS, *spec.slices.split(",")])
         metrics, intervals, classes = measure_all(task, model, table, scores, spec)
+        if task.is_one_sided(task.to_targets(table, model.classes, model.size)):
+            planted = measure_damaged(task, model, pixels.take(rows["id"]), table, scores, spec)
+            metrics, intervals = metrics | planted[0], intervals | planted[1]
         metrics |= {"latency_ms": time_model(model, pixels.take(rows["id"][:20])), "size_mb": len(model.onnx)/1e6}
         path = write_table(out/"predictions.parquet", table)
         evaluation = Evaluation(run, spec.snapshot or candidate.snapshot, split, len(rows), metrics, intervals, classes,
                                 name_final(path, settings.root), candidate.model, candidate.manifest_sha256,
-                                candidate.task, task.main_metric, slice_up(task, model, table, scores, spec))
+                                candidate.task, task.main_metric if task.main_metric in metrics else next((n for n in metrics if n == f"planted_{task.main_metric}"), task.main_metric), slice_up(task, model, table, scores, spec))
         file_away(tracker, evaluation, out)
     return evaluation
 
@@ -142,6 +145,17 @@ def measure_all(
     intervals = {name: ends for name, ends in intervals.items() if name in metrics}
     if task.main_metric == "accuracy": metrics["chance"] = find_chance(targets)
     return metrics | measure_unleaked(task, table, scores, targets), intervals, task.measure_classes(scores, targets, model.classes)
+
+def measure_damaged(task: Any, model: Model, images: np.ndarray, table: pd.DataFrame, scores: np.ndarray, spec: EvaluateSpec) -> tuple[dict[str, float], dict[str, list[float]]]:
+    "What the data alone cannot say, `planted_…`, and its intervals: on the images together with damaged copies of them."
+    targets = task.to_targets(table, model.classes, model.size)
+    spoilt, there = task.damage(images, targets, spec.seed)
+    found = task.to_scores(run_model(model, spoilt).logits, model.temperature, table, model.size)
+    known = {name for name, value in task.measure(scores, targets).items() if math.isfinite(value[0])}
+    scores, targets, groups = np.concatenate([scores, found]), np.concatenate([targets, there]), np.tile(table["group"].to_numpy(), 2)
+    values = {f"planted_{name}": float(value[0]) for name, value in task.measure(scores, targets).items() if math.isfinite(value[0]) and name not in known}
+    ends = bootstrap(task, scores, targets, groups, spec.bootstrap, spec.seed)
+    return values, {name: ends[name.removeprefix("planted_")] for name in values}
 
 def slice_up(task: Any, model: Model, table: pd.DataFrame, scores: Any, spec: EvaluateSpec) -> list[dict[str, Any]]:
     "The numbers of each slice; the same resampled groups for all."
@@ -193,7 +207,7 @@ def plot_confusion(evaluation: Evaluation, table: pd.DataFrame) -> Any:
     "The confusion matrix of a table of predictions."
     names = list(evaluation.per_class)
     counts = pd.crosstab(table["label"], table["predicted"]).reindex(index=names, columns=names, fill_value=0)
-    return draw_matrix(counts.to_numpy(), names, f"accuracy {_say(evaluation, 'accuracy')}, {evaluation.count} images")
+    return draw_matrix(counts.to_numpy(), names, f"{evaluation.main_metric.replace('_', ' ')} {_say(evaluation, evaluation.main_metric)}" + (", " if len(names) > 4 else "\n") + f"{evaluation.count} images")
 
 def draw_classes(evaluation: Evaluation, most: int = 40) -> Any:
     "F1 of each class that was asked for, the worst at the top, with its count."

@@ -331,7 +331,7 @@ def plot_history(rows: pd.DataFrame) -> Any:
     figure, (left, right) = new_figure(1, 2, size=(8, 2.8))
     name = next(name for name in rows if name.startswith("val_"))
     seen = rows.dropna(subset=name)
-    left.plot(rows["epoch"], rows["loss"], color=COLOURS[3])
+    left.plot(rows["epoch"], rows["loss"], color=COLOURS[3], marker="." if len(rows) == 1 else "")
     left.set(title="loss on train", xlabel="epoch", ylim=(0, None))
     right.plot(seen["epoch"], seen[name], color=COLOURS[0], marker="." if len(seen) < 30 else "")
     told = f"{seen[name].iloc[-1]:.3f}" if len(seen) else "cannot be measured"
