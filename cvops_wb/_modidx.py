@@ -1745,6 +1745,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'cvops_wb/learn/evaluation.py'),
                                            'cvops_wb.learn.evaluation.time_model': ( 'api/learn/evaluation.html#time_model',
                                                                                      'cvops_wb/learn/evaluation.py'),
+                                           'cvops_wb.learn.evaluation.widen': ( 'api/learn/evaluation.html#widen',
+                                                                                'cvops_wb/learn/evaluation.py'),
                                            'cvops_wb.learn.evaluation.write_table': ( 'api/learn/evaluation.html#write_table',
                                                                                       'cvops_wb/learn/evaluation.py')},
             'cvops_wb.learn.exporting': { 'cvops_wb.learn.exporting.Model': ( 'api/learn/exporting.html#model',

@@ -158,7 +158,8 @@ class History:
 def say(row: dict[str, float], epochs: int) -> str:
     "One line for one epoch."
     left = row["seconds"]/row["epoch"]*(epochs - row["epoch"])
-    return f"epoch {row['epoch']:3.0f}/{epochs}  loss {row['loss']:.3f}  val {next(v for k, v in row.items() if k.startswith('val_')):.3f}  {row['seconds']:5.0f} s, {left:.0f} s left"
+    seen = next(v for k, v in row.items() if k.startswith("val_"))
+    return f"epoch {row['epoch']:3.0f}/{epochs}  loss {row['loss']:.3f}  val {f'{seen:.3f}' if math.isfinite(seen) else 'not measurable'}  {row['seconds']:5.0f} s, {left:.0f} s left"
 
 # %% ../../nbs/api/learn/07_training.ipynb #23897d40
 def train(
