@@ -6,14 +6,14 @@ SHELL  := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p >/dev/null && $$p -c 'import sys; exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 UV     ?= $(shell command -v uv || echo .cvops/tools/uv/bin/uv)
 BIN    := .venv/bin
-DEBIAN := chromium fonts-dejavu-core git prometheus prometheus-alertmanager strace
+DEBIAN := chromium fonts-dejavu-core git postgresql prometheus prometheus-alertmanager strace
 say     = @printf '\033[1m── %s\033[0m\n' "$(1)"
 
 .PHONY: help system setup demo test test-full lab notebooks lock wheel bench bench-peers clean
 help:           ## what can be made
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-system:         ## what Debian must bring, where it is missing (Chromium for the browser tests, git, Prometheus, strace); starts no service
+system:         ## what Debian must bring, where it is missing (Chromium for the browser tests, git, PostgreSQL, Prometheus, strace); starts no service
 	@sh .ci/system $(DEBIAN)
 
 setup: .venv/.ready     ## the environment alone: .venv from requirements.lock

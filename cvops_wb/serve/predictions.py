@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VECTORS', 'LINES', 'to_row', 'pack', 'unpack', 'PredictionLog', 'compact_predictions', 'compact_segment',
-           'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'read_segment', 'tell_time',
-           'prune_predictions']
+           'store_segment', 'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'list_files',
+           'read_segment', 'tell_time', 'prune_predictions']
 
 # %% ../../nbs/api/serve/04_predictions.ipynb #2621989b
 import base64
@@ -102,23 +102,26 @@ class PredictionLog:
 
 # %% ../../nbs/api/serve/04_predictions.ipynb #3b31e687
 def compact_predictions(folder: Path | str) -> int:
-    "Turn every finished segment into Parquet; returns how many."
+    "Turn every finished segment into Parquet, or put it into the log's database; returns how many."
     return sum(compact_segment(path) for path in sorted(Path(folder).glob("*.jsonl")))
 
 def compact_segment(path: Path) -> bool:
-    "Turn a segment into Parquet, unless its writer lives."
+    "Turn a segment into Parquet, or put it into the log's database, unless its writer lives."
     try: file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError: return False  # somebody else was faster
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         rows = parse_lines(path.read_bytes())
-        if rows:
-            touched = os.fstat(file).st_mtime
-            os.utime(write_atomic(path.with_suffix(".parquet"), to_parquet(rows)), (touched, touched))
+        if rows: store_segment(path, rows, os.fstat(file))
         path.unlink()
         return True
     except (BlockingIOError, FileNotFoundError): return False
     finally: os.close(file)
+
+def store_segment(path: Path, rows: list[dict[str, Any]], found: os.stat_result) -> None:
+    "Put a segment where finished ones are, with the time of its last line."
+    if database := _find_database(path.parent): database.put(path.stem, rows, tell_time(found.st_mtime), found.st_size)
+    else: os.utime(write_atomic(path.with_suffix(".parquet"), to_parquet(rows)), (found.st_mtime, found.st_mtime))
 
 def parse_lines(data: bytes) -> list[dict[str, Any]]:
     "The rows of a segment; a line that is not whole is left out."
@@ -134,7 +137,7 @@ def to_table(rows: Iterable[Mapping[str, Any]]) -> Any:
     import pyarrow as pa
     kinds = {"text": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "vector": pa.list_(pa.float32())}
     rows = list(rows)
-    columns = {name: [unpack(r[name]) if kind == "vector" and r.get(name) else r.get(name) for r in rows] for name, kind in COLUMNS.items()}
+    columns = {name: [unpack(r[name]) if kind == "vector" and isinstance(r.get(name), str) and r[name] else r.get(name) for r in rows] for name, kind in COLUMNS.items()}
     return pa.table({name: pa.array(values, kinds[COLUMNS[name]]) for name, values in columns.items()})
 
 def to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
@@ -160,14 +163,25 @@ def read_predictions(
     return frame if newest is None else frame.tail(newest).reset_index(drop=True)
 
 def list_segments(folder: Path) -> list[tuple[Path, str]]:
-    "Each segment without its suffix, and the time of its last line; the newest first."
+    "Each segment without its suffix, here or in the log's database, and the time of its last line; the newest first."
+    database = _find_database(folder)
+    times = {**(dict(database.list_segments()) if database else {}), **list_files(folder)}
+    return [(folder/stem, when) for stem, when in sorted(times.items(), key=lambda item: item[::-1], reverse=True)]
+
+def list_files(folder: Path) -> dict[str, str]:
+    "The segments that lie in the folder itself, and the times of their last lines."
     found: dict[str, float] = {}
     for path in folder.glob("[0-9]*.*") if folder.is_dir() else ():
         if path.suffix not in (".jsonl", ".parquet"): continue
         try: touched = path.stat().st_mtime
         except FileNotFoundError: touched = time.time()     # compacted this moment: its table is there now
         found[path.stem] = max(found.get(path.stem, 0.), touched)
-    return [(folder/stem, tell_time(when)) for stem, when in sorted(found.items(), key=lambda item: item[::-1], reverse=True)]
+    return {stem: tell_time(when) for stem, when in found.items()}
+
+def _find_database(folder: Path) -> Any:
+    if not folder.is_dir(): return None
+    from cvops_wb.serve.databases import open_database
+    return open_database(folder)
 
 def read_segment(stem: Path) -> Any:
     "One segment as an Arrow table, in whichever form it is at this moment."
@@ -180,7 +194,8 @@ def read_segment(stem: Path) -> Any:
         except pa.ArrowInvalid as e:
             raise BadRecord("a segment of the prediction log is damaged", got=f"{table}: {e}",
                             fix="move the file away") from e
-    return to_table([])
+    database = _find_database(stem.parent)
+    return to_table(database.read(stem.name) if database else [])
 
 def tell_time(seconds: float | None = None) -> str:
     "A moment, now if not given, as ISO 8601 in UTC with milliseconds."
@@ -205,4 +220,5 @@ def prune_predictions(
         if (days <= 0 or now - touched < days*86400) and (megabytes <= 0 or kept <= megabytes*1e6): continue
         path.unlink(missing_ok=True)
         gone += 1
+    if (database := _find_database(Path(folder))) and (days > 0 or megabytes > 0): gone += database.prune(tell_time(now - days*86400) if days > 0 else "", megabytes*1e6)
     return gone

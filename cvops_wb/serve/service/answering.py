@@ -19,6 +19,7 @@ import numpy as np
 from ...core.errors import BadImage
 from ..inference import Answer
 from ..limits import BadRequest, Upload, explain, list_images
+from ..pictures import read_mask
 from ..predictions import to_row
 from ..rollouts.states import BASELINE, CHALLENGER, CHAMPION
 from ..rollouts.traffic import Choice, Loaded
@@ -73,12 +74,12 @@ def read_version(request: Request) -> int | None:
 
 def see(app: State, data: bytes | Any, request: Request, version: int | None = None, place: int = 0) -> tuple[Answer, Loaded, float]:
     "The answer to one image, who gave it, and the milliseconds; written down, counted, perhaps kept."
-    begin = perf_counter()
+    begin, boxes = perf_counter(), read_mask(request.headers.get("x-mask", ""))
     answer, choice = answer_caller(app, data, request, version)
     request.parts.append(("look", begin, logged := perf_counter()))
     ours, latency, raw = choice.loaded, round((perf_counter() - request.begin)*1e3, 3), isinstance(data, bytes)
     note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag, request_id=name_part(request.id, place)))
-    if raw: app.pictures.offer(answer.id, data, answer.confidence, request.headers.get("x-keep", ""))
+    if raw: app.pictures.offer(answer.id, data, answer.confidence, request.headers, boxes)
     if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
     request.parts.append(("prediction row", logged, perf_counter()))
     app.metrics.tell(ours.version, answer.label, answer.confidence, len(data) if raw else data.nbytes, waiting=app.gate.inside)

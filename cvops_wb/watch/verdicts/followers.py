@@ -71,7 +71,7 @@ class Follower:
             return pd.DataFrame()
         before = self.read.get(stem.name, 0)
         self.read[stem.name] = len(rows)
-        if stem.with_name(f"{stem.name}.parquet").exists(): self.done.add(stem.name)
+        if not stem.with_name(f"{stem.name}.jsonl").exists(): self.done.add(stem.name)
         fresh = rows.iloc[before:]
         if len(fresh) and before == 0 and (late := to_milliseconds(fresh["time"]).max()) < self.newest - STEP:
             notes.append(f"a segment came late: {len(fresh)} rows up to {_say_time(late)}, after rows of {_say_time(self.newest)} had been judged")
