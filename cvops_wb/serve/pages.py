@@ -251,7 +251,8 @@ def _describe_explain(facts: Facts) -> dict[str, Any]:
 def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
     limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, JPEG, PNG or WebP."
     named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
-    about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept.")]
+    about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept; `yes`: it may."),
+             _header("X-Mask", "What is black in the image if it is kept: `x0,y0,x1,y1; …`, in pixels, or in shares of its sides where all four are at most 1.")]
     return {"summary": summary, "operationId": name, "description": f"{description} {limits}",
             "parameters": [_header("X-Request-Id", named, "^[A-Za-z0-9._-]{1,64}$"), *(about if name != "explain" else ()), *more,
                            {"name": "version", "in": "query", "required": False, "description": "Ask this registered version.", "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}}],
