@@ -15,7 +15,7 @@ _rooms = {
     "watch_inbox": "inbox", "watch_stream": "inbox", "is_stream": "inbox", "report_rejected": "inbox", "WatchSpec": "inbox",
     "export_samples": "formats",
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
-    "find_before": "splits", "report_leaks": "looks", "index_suspects": "looks", "index_errors": "looks",
+    "find_before": "splits", "GOOD": "splits", "are_good": "splits", "report_leaks": "looks", "index_suspects": "looks", "index_errors": "looks",
     "take_back": "looks",
     "index_samples": "views", "open_map": "views", "open_app": "views", "ViewSpec": "views",
     "take_snapshot": "snapshots", "open_snapshot": "snapshots", "version_data": "snapshots", "push_data": "snapshots",

@@ -8,6 +8,7 @@ __all__ = ['PROVIDERS', 'BRINGS', 'Said', 'READERS', 'FIRST', 'open_session', 'c
            'Classifier', 'open_onnx']
 
 # %% ../../nbs/api/serve/02_inference.ipynb #7db15fc4
+import base64
 import hashlib
 import io
 import os
@@ -128,7 +129,11 @@ def read_heat(heat: np.ndarray, model: VerifiedModel, width: int, height: int) -
     q = float(np.clip(p, 1e-9, 1 - 1e-9))
     told = [{"label": model.classes[1], "score": round(float(scaled[part].max()), 6), "box": np.round(_frame(part)*grow, 2).tolist()} for part in find_regions(scaled >= .5)]
     said = model.classes[int(p >= .5)], max(p, 1 - p), np.array([1 - p, p], np.float32), float(-(q*np.log2(q) + (1 - q)*np.log2(1 - q)))
-    return *said, {"objects": sorted(told, key=lambda each: -each["score"])}
+    return *said, {"objects": sorted(told, key=lambda each: -each["score"]), "heat": {"size": len(heat), "levels": _pack_levels(scaled)}}
+
+def _pack_levels(scaled: np.ndarray) -> str:
+    "A map of 0…1 as bytes, row by row, in Base64; 128 is one half."
+    return base64.b64encode(np.clip(np.floor(scaled*256), 0, 255).astype(np.uint8).tobytes()).decode()
 
 def find_regions(hot: np.ndarray) -> list[np.ndarray]:
     "Masks of the connected regions of a mask (H, W); corners connect."

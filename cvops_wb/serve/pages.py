@@ -312,12 +312,13 @@ ANSWER = _fields(
     scores=("object", "every class and its probability; of a detector the surest box of each"),
     objects=("array", "of a detector: label, score and box, x1 y1 x2 y2 in pixels of the image that was sent; the surest first"),
     labels=("array", "where an image may bear several: those of one half or more"),
-    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"), version=("integer", "in the registry"),
+    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"),
+    heat=("object", "of an anomaly: size of the square map, and its levels, bytes in Base64, row by row; from 128 on a place is strange"), version=("integer", "in the registry"),
     model=("string", "first 16 digits of the SHA-256 of its manifest"), request_id=("string", "find the answer in the log by it"),
     time=("string", "when the request came, ISO 8601, UTC"), latency_ms=("number", "in the service, milliseconds"))
 REFUSAL = _fields(error=("string", "what happened"), reason=("string", "the same as a code"), fix=("", "what to do, or null"),
                   request_id=("string", "of this request"))
-SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask")], "properties": ANSWER},
+SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask", "heat")], "properties": ANSWER},
            "Refusal": {"type": "object", "required": list(REFUSAL), "properties": REFUSAL},
            "Answers": {"type": "object", "required": ["answers", "request_id", "time"], "properties": {
                "answers": {"type": "array", "items": {"anyOf": [{"$ref": "#/components/schemas/Answer"}, {"$ref": "#/components/schemas/Refusal"}]}},

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'RIGHT', 'WRONG', 'UNKNOWN', 'RehearseSpec', 'Shot', 'rehearse', 'find_shots', 'list_held_out',
-           'list_folder', 'make_traffic_folder', 'ask_all', 'ask_one', 'send_hostile', 'draw_sheet', 'pick_evenly',
-           'draw_answers', 'draw_latency']
+           'name_truth', 'list_folder', 'make_traffic_folder', 'ask_all', 'ask_one', 'send_hostile', 'draw_sheet',
+           'pick_evenly', 'draw_answers', 'draw_latency']
 
 # %% ../../nbs/api/serve/10_rehearsal.ipynb #64e94ee4
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from PIL import Image
 
 from ..core.drawing import COLOURS, draw_grid, new_figure, write_picture
 from ..core.errors import BadImage, BadInput, ToolFailed, WrongUsage
-from ..core.files import hash_value
+from ..core.files import hash_value, read_json
 from ..core.places import locate, name_final
 from ..core.progress import show_progress
 from ..core.records import Bento, Rehearsal, Snapshot
@@ -55,7 +55,7 @@ def rehearse(
 ) -> Rehearsal:
     "Start a bento on a free port, ask it, insult it, stop it; `ToolFailed` if it does not hold."
     settings = load_settings()
-    shots = find_shots(settings, snapshot, spec)
+    shots = find_shots(settings, snapshot, spec, settings.root/bento.path/"src"/"model"/"model.json")
     with service_running(bento, out/"predictions", output=out/"service.log") as service, Client(service.url, retries=0) as client:
         send_hostile(client, shots[0].read(), settings.serve.max_bytes)
         answers = ask_all(client, shots, spec.clients)
@@ -75,7 +75,7 @@ def rehearse(
 # %% ../../nbs/api/serve/10_rehearsal.ipynb #ba8e53f2
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-def find_shots(settings: Settings, snapshot: Snapshot | None, spec: RehearseSpec) -> list[Shot]:
+def find_shots(settings: Settings, snapshot: Snapshot | None, spec: RehearseSpec, card: Path | None = None) -> list[Shot]:
     "The photographs to ask; `BadInput` if there are none."
     if spec.requests < 1 or spec.clients < 1:
         raise WrongUsage("a rehearsal needs a request and a client", got=f"requests {spec.requests}, clients {spec.clients}",
@@ -84,19 +84,26 @@ def find_shots(settings: Settings, snapshot: Snapshot | None, spec: RehearseSpec
         raise WrongUsage("there is nothing to rehearse with",
                          fix="name a snapshot, or a folder: photos=path/to/images")
     if spec.photos: shots = list_folder(make_traffic_folder(settings, spec.requests) if spec.photos == "traffic" else settings.root/spec.photos)
-    else: shots = list_held_out(snapshot, spec.requests)
+    else: shots = list_held_out(snapshot, spec.requests, read_json(card) if card else {})
     if not shots:
         raise BadInput("there is no photograph to rehearse with", got=spec.photos or "a snapshot without a test or validation split",
                        fix="name a folder with JPEG, PNG or WebP files")
     return shots[:spec.requests]
 
-def list_held_out(snapshot: Snapshot, most: int) -> list[Shot]:
+def list_held_out(snapshot: Snapshot, most: int, card: Mapping[str, Any]) -> list[Shot]:
     "Photographs of the test split, else of the validation split, shuffled in the same way each time."
     from cvops_wb.data import open_snapshot
     reader = open_snapshot(snapshot)
     rows = next((rows for split in ("test", "val") if len(rows := reader.select(split))), reader.select("test"))
     chosen = rows.sample(min(most, len(rows)), random_state=0)
-    return [Shot(row.id + row.ext, lambda id=row.id: reader.read(id), row.label, row.camera or "") for row in chosen.itertuples()]
+    return [Shot(row.id + row.ext, lambda id=row.id: reader.read(id), name_truth(row, card), row.camera or "") for row in chosen.itertuples()]
+
+def name_truth(row: Any, card: Mapping[str, Any]) -> str:
+    "What the model would have to say of a sample; an anomaly model knows two words, whatever a defect is called."
+    if card.get("task") != "anomaly" or not (row.label or row.objects): return row.label
+    from cvops_wb.data import are_good
+    good, bad = card["classes"]
+    return bad if row.objects not in ("", "[]") or row.label not in ("", good) and not are_good([row.label]) else good
 
 # %% ../../nbs/api/serve/10_rehearsal.ipynb #9d4d7174
 def list_folder(folder: Path) -> list[Shot]:
