@@ -332,6 +332,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'cvops_wb/data/formats/embedded.py'),
                                                 'cvops_wb.data.formats.embedded._name_suffix': ( 'api/data/formats/embedded.html#_name_suffix',
                                                                                                  'cvops_wb/data/formats/embedded.py'),
+                                                'cvops_wb.data.formats.embedded._read_file': ( 'api/data/formats/embedded.html#_read_file',
+                                                                                               'cvops_wb/data/formats/embedded.py'),
                                                 'cvops_wb.data.formats.embedded._take_bytes': ( 'api/data/formats/embedded.html#_take_bytes',
                                                                                                 'cvops_wb/data/formats/embedded.py'),
                                                 'cvops_wb.data.formats.embedded.find_parquets': ( 'api/data/formats/embedded.html#find_parquets',

@@ -38,15 +38,17 @@ def read_class_names(path: Path, column: str) -> list[str]:
 def read_rows(path: Path, label: str = "") -> Iterator[tuple[bytes, str]]:
     "Each row's image and class; `BadInput` if the file is damaged."
     import pyarrow as pa
-    import pyarrow.parquet as pq
-    try:
-        with pq.ParquetFile(path) as file:
-            names, image = file.schema_arrow.names, find_bytes(path)
-            column = "" if label == "none" else find_columns([name for name in names if name != image], label).get("label", "")
-            classes = read_class_names(path, column)
-            for batch in file.iter_batches(64, columns=[image, *([column] if column else [])]):
-                for row in batch.to_pylist(): yield _take_bytes(row[image]), _name_class(row.get(column), classes)
+    try: yield from _read_file(path, label)
     except (OSError, pa.ArrowException) as e: raise BadInput("a Parquet file cannot be read", got=f"{path}: {e}", fix="copy it again from its source") from e
+
+def _read_file(path: Path, label: str) -> Iterator[tuple[bytes, str]]:
+    import pyarrow.parquet as pq
+    with pq.ParquetFile(path) as file:
+        image = find_bytes(path)
+        column = "" if label == "none" else find_columns([name for name in file.schema_arrow.names if name != image], label).get("label", "")
+        classes = read_class_names(path, column)
+        for batch in file.iter_batches(64, columns=[image, *([column] if column else [])]):
+            yield from ((_take_bytes(row[image]), _name_class(row.get(column), classes)) for row in batch.to_pylist())
 
 def _take_bytes(value: Any) -> bytes: return (value.get("bytes") if isinstance(value, dict) else value) or b""
 
