@@ -174,6 +174,7 @@ def _has_paths(path: Path) -> bool:
     rows = read_rows(path, head=True)[:1]
     return bool(rows) and "path" in find_columns(list(rows[0]))
 
+# %% ../../../nbs/api/data/formats/14_tables.ipynb #b0558cf2
 def _read_table(finder: Finder, rows: list[dict[str, str]], label: str) -> list[Item]:
     if not rows: return []
     columns, corners = choose_columns(rows, label), _find_corners(list(rows[0]))
