@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.kinds import KINDS
 from ..core.errors import BadImage, MissingTool, UnknownName, needs
 from .verification import VerifiedModel, spoilt
 
@@ -186,9 +187,9 @@ class Classifier:
     def warm(self) -> None:
         "The first image loads codecs and allocates: that shall not happen in a request."
         from PIL import Image
-        for kind in ("PNG", "WEBP", "JPEG"):
+        for kind in reversed(KINDS):     # the commonest last
             out = io.BytesIO()
-            Image.new("RGB", (64, 64)).save(out, kind)
+            Image.new("RGB", (64, 64)).save(out, kind.name)
             self.predict(out.getvalue())
 
     def ask(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ...core.errors import BadImage
-from ..images import SIDE, open_image
+from ..images import SIDE, decode_image
 
 # %% ../../../nbs/api/data/near/04_thumbs.ipynb #355f321f
 def draw_thumb(
@@ -25,9 +25,7 @@ def draw_thumb(
 
 def draw_plain_thumb(data: bytes) -> np.ndarray:
     "The picture by Pillow alone, uint8 (32, 32, 3): for a few images, as OpenCV and compiled code take seconds to load."
-    image = open_image(data, len(data), float("inf"))
-    image.draft("RGB", (2*SIDE, 2*SIDE))
-    if image.mode != "RGB": image = image.convert("RGB")
+    image = decode_image(data, len(data), float("inf"), 2*SIDE, upright=False)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
