@@ -105,7 +105,8 @@ def test_a_whole_file_is_read(name):
 
 
 def chunk(name, data): return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-def png(*chunks, head=struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)): return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(chunks) + chunk(b"IEND", b"")
+HEAD = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+def png(*chunks, head=HEAD): return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def interlaced():

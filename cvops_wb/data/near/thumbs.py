@@ -40,7 +40,7 @@ def _decode_small(data: bytes, size: int) -> np.ndarray | None:
     import cv2      # reads a JPEG a third faster than Pillow, and lets the other threads run
 
     from cvops_wb.data.near.pictures import average
-    scale = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}.get(1 << min(max(size//(2*SIDE), 1).bit_length() - 1, 3), cv2.IMREAD_COLOR)
+    scale = (cv2.IMREAD_COLOR, cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_COLOR_8)[min(max(size//(2*SIDE), 1).bit_length() - 1, 3)]
     picture = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), scale | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None: return None
     out = np.empty((SIDE, SIDE, 3), dtype=np.uint8)
