@@ -842,6 +842,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'cvops_wb.data.quality': { 'cvops_wb.data.quality._deviate': ('api/data/quality.html#_deviate', 'cvops_wb/data/quality.py'),
                                        'cvops_wb.data.quality.flag_quality': ( 'api/data/quality.html#flag_quality',
                                                                                'cvops_wb/data/quality.py'),
+                                       'cvops_wb.data.quality.is_drawn': ('api/data/quality.html#is_drawn', 'cvops_wb/data/quality.py'),
                                        'cvops_wb.data.quality.limit_high': ('api/data/quality.html#limit_high', 'cvops_wb/data/quality.py'),
                                        'cvops_wb.data.quality.limit_low': ('api/data/quality.html#limit_low', 'cvops_wb/data/quality.py'),
                                        'cvops_wb.data.quality.measure_oddness': ( 'api/data/quality.html#measure_oddness',
