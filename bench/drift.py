@@ -3,9 +3,9 @@
     python bench/drift.py [--quick] [--json FILE] [--photos DIR] [--runs N] [--nulls N] [--alibi PYTHON] [--frouros PYTHON]
 
 Images: the shared grocery photographs and drawn ones (`cvops synth`), each clean and with seven corruptions at three severities. Each has what the
-prediction log has: image statistics, file size, an embedding of 512 numbers (a fixed random layer on hand-made features: no trained weights can be had
-here), and the answer and confidence of a linear classifier on it, which was fitted to other images. A stream is a reference of 1,000 rows, 1,000 healthy
-rows, and then the change; rows are drawn with replacement, so that all healthy rows are independent and alike. The delay is the number of rows
+prediction log has: image statistics, file size, and the answer, confidence and embedding of a champion: the product's network, trained by its recipe on half of the
+images (`champion.py`; minutes, then kept in the cache), which has never seen the other half, nor the classes that are called new. A stream is a reference of 1,000 rows, 1,000
+healthy rows, and then the change; rows are drawn with replacement, so that all healthy rows are independent and alike. The delay is the number of rows
 from the change to the alarm. We look every 25 rows. Evidently's tests (Kolmogorov-Smirnov on columns; the share of embedding numbers that
 differ) look at windows of 200, whose first begins with the change, which favours them; their thresholds are set so that they accuse one healthy
 window in a thousand, on windows of their own. We look with the level that we ship: 1 % for the life of a stream. `sliding` is Evidently's
@@ -76,23 +76,25 @@ CORRUPTIONS = {     # name: three severities
 QUALITY = {"jpeg": (70, 45, 15)}
 
 
-def project(dimensions: int) -> np.ndarray:
-    return np.random.default_rng(7).normal(size=(344, dimensions)).astype(np.float32)
-
-
-def describe(images: list[Image.Image], quality: int = 85) -> pd.DataFrame:
-    "The columns of the log, without answers."
+def describe(images: list[Image.Image], look, quality: int = 85) -> pd.DataFrame:
+    "The columns of the log; `look` is the champion's."
     from cvops_wb.data import measure_image
-    from cvops_wb.data.looks.embeddings import describe_thumbs
-    rows, thumbs = [], []
+    rows, seen = [], []
     for image in images:
         out = io.BytesIO()
         image.save(out, "JPEG", quality=quality)
         decoded = Image.open(io.BytesIO(out.getvalue())).convert("RGB")
         rows.append({**measure_image(decoded), "width": image.width, "height": image.height, "bytes": len(out.getvalue())})
-        thumbs.append(np.asarray(decoded.resize((32, 32), Image.Resampling.BOX)))
-    points = np.maximum(describe_thumbs(np.stack(thumbs))@project(DIMENSIONS), 0)
-    return pd.DataFrame(rows).drop(columns="phash").assign(embedding=list(points.astype(np.float32)))
+        seen.append(decoded)
+    classes, scores, points = look(seen)
+    return pd.DataFrame(rows).drop(columns="phash").assign(embedding=list(points), predicted=classes[scores.argmax(1)], confidence=scores.max(1),
+                                                           entropy_of_scores=-(scores*np.log(scores + 1e-12)).sum(1))
+
+
+def widen(rows: pd.DataFrame) -> pd.DataFrame:
+    "The same rows with embeddings of 512 numbers, by a fixed random layer: what a larger network has."
+    points = np.stack(rows["embedding"].to_numpy())
+    return rows.assign(embedding=list(points@np.random.default_rng(7).normal(size=(points.shape[1], DIMENSIONS)).astype(np.float32)))
 
 
 def read_photos(photos: Path, count: int) -> tuple[list[Image.Image], list[str]]:
@@ -110,26 +112,20 @@ def draw_photos(count: int) -> tuple[list[Image.Image], list[str]]:
 
 
 class World:
-    "Clean and corrupted rows of one set of images, with the answers of a classifier that was fitted to other images."
+    "Clean and corrupted rows of one set of images, with the answers of a champion that was trained on other images."
 
-    def __init__(self, name: str, images: list[Image.Image], labels: list[str], corruptions: list[str]):
-        from sklearn.linear_model import LogisticRegression
+    def __init__(self, name: str, images: list[Image.Image], labels: list[str], corruptions: list[str], epochs: int = 16):
+        from champion import learn_champion
         self.name, rng, labels = name, np.random.default_rng(1), np.array(labels)
         classes = np.array(sorted(set(labels)))
         self.fresh = set(rng.permutation(classes)[:max(2, len(classes)//8)])     # the reference does not know them
         is_new, half = np.array([label in self.fresh for label in labels]), rng.random(len(images)) < .5
-        clean = describe(images)
-        self.model = LogisticRegression(max_iter=300, C=.3).fit(np.stack(clean["embedding"][half & ~is_new]), labels[half & ~is_new])
-        rows = clean.assign(label=labels)
-        self.clean, self.new = self.answer(rows[~half & ~is_new]), self.answer(rows[is_new])
-        mine = [image for image, keep in zip(images, ~half & ~is_new, strict=True) if keep]
-        self.changed = {(name, level): self.answer(describe([change(i, rng) for i in mine], QUALITY.get(name, (85,)*3)[level]).assign(label=labels[~half & ~is_new]))
+        def pick(mask): return [image for image, keep in zip(images, mask, strict=True) if keep]
+        look, rest = learn_champion(pick(half & ~is_new), list(labels[half & ~is_new]), epochs), ~half & ~is_new
+        self.clean, self.new = (describe(pick(mask), look).assign(label=labels[mask]) for mask in (rest, is_new))
+        self.accuracy, mine = float((self.clean["predicted"] == self.clean["label"]).mean()), pick(rest)
+        self.changed = {(name, level): describe([change(i, rng) for i in mine], look, QUALITY.get(name, (85,)*3)[level]).assign(label=labels[rest])
                         for name in corruptions for level, change in enumerate(CORRUPTIONS[name])}
-
-    def answer(self, rows: pd.DataFrame) -> pd.DataFrame:
-        scores = self.model.predict_proba(np.stack(rows["embedding"]))
-        return rows.assign(predicted=self.model.classes_[scores.argmax(1)], confidence=scores.max(1),
-                           entropy_of_scores=-(scores*np.log(scores + 1e-12)).sum(1)).reset_index(drop=True)
 
     def list_changes(self) -> dict[str, list]:
         "Name → what draws `count` rows of the change, after `done` rows of it."
@@ -277,10 +273,10 @@ def compare_speed(world: World, runs: int, rng: np.random.Generator) -> list[dic
     from scipy.stats import ks_2samp
 
     from cvops_wb.watch.verdicts import Watcher
-    reference = draw(world, REFERENCE, rng)
+    reference = widen(draw(world, REFERENCE, rng))
     watcher, known, times, apart = Watcher.learn(reference), to_evidently(reference), {"ours": [], "whole": [], "columns": []}, 0.
     for _ in range(runs):
-        window = draw(world, WINDOW, rng)
+        window = widen(draw(world, WINDOW, rng))
         for _ in range(3):
             start = time.perf_counter()
             watcher.add(window)
@@ -379,7 +375,7 @@ def main() -> None:
     sets = {"grocery": lambda: read_photos(options.photos, 240 if options.quick else 2640), "drawn": lambda: draw_photos(60 if options.quick else 600)}
     rows: list[dict] = []
     for name, make in list(sets.items())[:1 if options.quick else 2]:
-        world = World(name, *make(), names)
+        world = World(name, *make(), names, 2 if options.quick else 16)
         changes = world.list_changes()
         if not rows: rows += compare_speed(world, 2 if options.quick else 7, rng)
         alarms = count_alarms(world, nulls, rng)

@@ -228,7 +228,7 @@ def test_people_hear_once_and_once_more_at_the_end(workbench):
             said.append(tell_people(find_troubles(now=1764000000.), addresses=places))
     assert [len(lines) for lines in said] == [2, 1, 0, 3]
     titles = [json.loads(body)["title"] for _, body in hook.bodies]
-    assert titles == ["warehouse 1: drift", "Over: warehouse 1: drift"] and REPORT in json.loads(hook.bodies[0][1])["message"]
+    assert titles == [f"{over}warehouse 1: drift, camera-3: darker by 40 %" for over in ("", "Over: ")] and REPORT in json.loads(hook.bodies[0][1])["message"]
     assert len(slack.bodies) == 2 and all("drift" in json.dumps(json.loads(body)) for _, body in slack.bodies) and "text" in json.loads(slack.bodies[0][1])
     assert len(mail.mails) == 2 and "To: us@example.com" in mail.mails[0] and "camera-3" in mail.mails[0] and "Over" in mail.mails[1]
     assert read_incidents(workbench) == {}

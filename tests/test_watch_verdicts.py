@@ -7,6 +7,7 @@ from cvops_wb.core.errors import BadInput, BadRecord
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.verdicts import Watcher, explain
 from cvops_wb.watch.verdicts.bets import PARTS, Bettor, find_seats, make_table
+from cvops_wb.watch.verdicts.scans import Scan
 from cvops_wb.watch.verdicts.scores import CELLS, Lane, choose_columns
 from cvops_wb.watch.verdicts.watchers import dump_watcher, load_watcher, to_milliseconds
 
@@ -48,7 +49,7 @@ def test_each_bet_is_fair():
 @pytest.mark.parametrize("change, rows", [
     (lambda w: w.assign(brightness=w["brightness"]*.7), 50), (lambda w: w.assign(sharpness=w["sharpness"]*.6), 100),
     (lambda w: w.assign(confidence=w["confidence"]*.85), 100), (lambda w: w.assign(embedding=[e + np.float32(.7) for e in w["embedding"]]), 200),
-    (lambda w: w.assign(width=320), 50), (lambda w: w.assign(predicted=np.where(np.arange(len(w)) % 3 == 0, "tea", w["predicted"])), 600),
+    (lambda w: w.assign(width=320), 50), (lambda w: w.assign(predicted=np.where(np.arange(len(w)) % 3 == 0, "tea", w["predicted"])), 200),
     (lambda w: w.assign(predicted=w["predicted"].replace("jam", "honey")), 200), (lambda w: w.assign(camera="camera-9"), 100),
     (lambda w: w.assign(brightness=w["brightness"].where(np.arange(len(w)) % 4 > 0)), 200),
     (lambda w: w.assign(brightness=w["brightness"].mean() + 2*(w["brightness"] - w["brightness"].mean())), 400),
@@ -62,6 +63,58 @@ def test_what_was_planted_is_seen_soon(change, rows):
         watcher.add(change(make_window(50, seed=50 + seen)))
         seen += 50
     assert watcher.drifted and seen <= rows
+
+
+SHARES = np.random.default_rng(9).dirichlet(np.full(36, 2.))
+
+
+def draw_cells(rng, count, shares=SHARES): return rng.choice(36, count, p=shares).astype(np.uint8)[:, None]
+
+
+def scan_streams(shares, rows, streams, bar=3., broken=False):
+    "The greatest score of the scans of independent streams, in parts of the bar; `broken`: the reference is taken for the truth, as if its shares were known."
+    found = []
+    for seed in range(streams):
+        rng = np.random.default_rng(seed)
+        home = np.bincount(draw_cells(rng, 300)[:, 0], minlength=CELLS)[None]
+        scan = Scan(np.array([0]), np.array([bar]))
+        for _ in range(0, rows, 25): scan.add(draw_cells(rng, 25, shares), home*20 if broken else home)
+        found.append(scan.best[0, 0])
+    return np.array(found)
+
+
+def test_the_scans_of_healthy_streams_keep_their_level_however_rare_the_categories():
+    assert (scan_streams(SHARES, 1200, 80) >= 1).mean() <= .05
+
+
+def test_scans_against_a_reference_that_is_taken_for_the_truth_would_not():
+    assert (scan_streams(SHARES, 1200, 8, broken=True) >= 1).mean() > .5      # the planted bug
+
+
+def test_a_mix_that_moves_no_share_far_is_seen():
+    other = SHARES*np.where(np.arange(36) % 2, 1.8, .2)
+    assert (scan_streams(other/other.sum(), 300, 10, bar=12.) >= 1).mean() >= .9
+
+
+@pytest.mark.parametrize("worth", [1., 4.])
+def test_the_bet_on_a_mix_is_fair_to_the_last_digit(worth, monkeypatch):
+    from itertools import product
+
+    from cvops_wb.watch.verdicts import scans
+    monkeypatch.setattr(scans, "WORTH", (worth,))
+    pool = np.array([5, 1, 0, 3])
+    draws = [np.array(draw) for draw in product(*(range(size + 1) for size in pool)) if sum(draw) == 3]
+    odds = [np.exp(scans.log_choose(pool, draw).sum() - scans.log_choose(9, 3)) for draw in draws]
+    assert np.isclose(sum(odds), 1) and np.isclose(sum(p*np.exp(scans.measure_exactly(draw, pool - draw)) for p, draw in zip(odds, draws, strict=True)), 1)
+
+
+def test_after_a_changed_mix_it_is_healthy_only_when_the_mix_is_back():
+    def change(window): return window.assign(predicted=np.where(np.arange(len(window)) % 3 == 0, "tea", window["predicted"]))
+    watcher = Watcher.learn(REFERENCE.drop(columns=["embedding", "confidence", "entropy_of_scores"]))
+    for k in range(12): watcher.add(change(make_window(100, seed=600 + k)))
+    assert watcher.alarms == 1 and watcher.drifted
+    for k in range(16): watcher.add(make_window(100, seed=700 + k))
+    assert watcher.alarms == 1 and not watcher.drifted
 
 
 def test_a_slow_ramp():

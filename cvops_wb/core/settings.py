@@ -96,6 +96,8 @@ class Serve:
     keep_below: float = .5      # images whose answer is less sure are kept too; 0: none
     keep_mb: int = 1000         # of kept images; then the oldest go
     keep_days: int = 30         # that an image is kept
+    keep_asked: bool = False    # true: only images whose request says X-Keep: yes
+    masks: str = ""             # what is black in kept images, by camera: till 1: 0,0,.3,.2; .8,0,1,.5 | door: 0,.5,1,1
     traces: str = ""            # OTLP address that takes OpenTelemetry's spans, e.g. http://127.0.0.1:4318/v1/traces; empty: none
     provider: str = "cpu"       # that runs the model: cpu, cuda, tensorrt, openvino
     sign_key: str = ""          # file of the private key that signs a model when it is packaged; empty: unsigned
@@ -104,6 +106,7 @@ class Serve:
     access_log: bool = False    # one line a request, without images, tokens or names of callers
     log_days: float = 0.        # that an answer stays in the prediction log; 0: for ever
     log_mb: float = 0.          # of the prediction log; then its oldest tables go; 0: any
+    database: str = ""          # address of a PostgreSQL database that takes finished segments of the prediction log; empty: Parquet beside it
 
 @dataclass(frozen=True)
 class Rollout:
@@ -115,6 +118,7 @@ class Rollout:
     mix_margin: float = .15         # more of the challenger's favourite answer, as a share
     differ_limit: float = .4        # of its answers to the same images that differ, in the shadow
     step_pairs: int = 40            # pairs of answers in each step, at least
+    first_pairs: int = 120          # in the first, where that is less than a quarter of the callers
     step_seconds: float = 30.       # likewise
     deadline: float = 7200.         # seconds; what is not proven by then is not promoted
     hold: float = 300.              # seconds that the old champion stays at hand

@@ -158,7 +158,8 @@ class History:
 def say(row: dict[str, float], epochs: int) -> str:
     "One line for one epoch."
     left = row["seconds"]/row["epoch"]*(epochs - row["epoch"])
-    return f"epoch {row['epoch']:3.0f}/{epochs}  loss {row['loss']:.3f}  val {next(v for k, v in row.items() if k.startswith('val_')):.3f}  {row['seconds']:5.0f} s, {left:.0f} s left"
+    seen = next(v for k, v in row.items() if k.startswith("val_"))
+    return f"epoch {row['epoch']:3.0f}/{epochs}  loss {row['loss']:.3f}  val {f'{seen:.3f}' if math.isfinite(seen) else 'not measurable'}  {row['seconds']:5.0f} s, {left:.0f} s left"
 
 # %% ../../nbs/api/learn/07_training.ipynb #23897d40
 def train(
@@ -331,7 +332,7 @@ def plot_history(rows: pd.DataFrame) -> Any:
     figure, (left, right) = new_figure(1, 2, size=(8, 2.8))
     name = next(name for name in rows if name.startswith("val_"))
     seen = rows.dropna(subset=name)
-    left.plot(rows["epoch"], rows["loss"], color=COLOURS[3])
+    left.plot(rows["epoch"], rows["loss"], color=COLOURS[3], marker="." if len(rows) == 1 else "")
     left.set(title="loss on train", xlabel="epoch", ylim=(0, None))
     right.plot(seen["epoch"], seen[name], color=COLOURS[0], marker="." if len(seen) < 30 else "")
     told = f"{seen[name].iloc[-1]:.3f}" if len(seen) else "cannot be measured"

@@ -81,7 +81,7 @@ def find_log(settings: Settings, value: str = "") -> str:
 
 # %% ../../nbs/api/loop/03_runs.ipynb #c02f8315
 def _describe_evaluation(r: Any) -> str:
-    metric = next(iter(r.intervals), next(iter(r.metrics), ""))
+    metric = r.main_metric if r.main_metric in r.metrics else next(iter(r.intervals), next(iter(r.metrics), ""))
     interval = " [{:.3f}, {:.3f}]".format(*r.intervals[metric]) if metric in r.intervals else ""
     leaked, free = r.metrics.get("count_unleaked", r.count) < r.count, r.metrics.get(f"{metric}_unleaked")
     unleaked = f"; {free:.3f} without near-duplicates of train" if leaked and free is not None else ""

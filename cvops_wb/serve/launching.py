@@ -23,10 +23,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..core.errors import NoRoom, ToolFailed, WrongUsage
+from ..core.errors import CvopsError, NoRoom, ToolFailed, WrongUsage
 from ..core.processes import QUIET, _die_with_parent, answers, claim_port, free_port, running, wait_until
 from ..core.records import Bento
 from ..core.settings import Settings, load_settings
+from .databases import mark_database
 from .limits import check_host, read_tokens
 from .predictions import compact_predictions, prune_predictions
 from .verification import verify_contents, verify_model
@@ -83,9 +84,15 @@ class Supervisor:
             for worker, begin in list(self.workers):
                 if worker.poll() is not None: self.replace(worker, begin)
             if time.monotonic() - self.compacted < COMPACT_EVERY: continue
+            self.tidy()
+            self.compacted = time.monotonic()
+
+    def tidy(self) -> None:
+        "Make finished segments of the log into tables, and let the oldest go."
+        try:
             compact_predictions(self.log)
             prune_predictions(self.log, *self.keep)
-            self.compacted = time.monotonic()
+        except CvopsError as e: say(str(e))
 
     def replace(self, worker: subprocess.Popen, begin: float) -> None:
         "A new worker for a dead one; with a pause if they keep dying."
@@ -123,6 +130,7 @@ def serve_bento(
     serving = replace(settings.serve, **given)
     folder, log = find_bento(settings, bento), Path(log or settings.store/"predictions").resolve()
     address = check_host(serving.host, read_tokens())
+    if serving.database and log == (settings.store/"predictions").resolve(): mark_database(log, serving.database)
     with open_listener(address, serving.port) as listener, TemporaryDirectory(prefix="cvops-serve-") as scratch:
         environment = make_environment(settings, replace(settings, serve=serving), folder, log, scratch)
         supervisor = Supervisor(folder, listener, serving.workers, environment, log, (serving.log_days, serving.log_mb))
@@ -167,10 +175,10 @@ def open_listener(host: str, port: int) -> socket.socket:
 def make_environment(settings: Settings, given: Settings, folder: Path, log: Path, scratch: str) -> dict[str, str]:
     "What a worker is told: settings, folders, and the bento's own code before any that is installed."
     own = given.serve if log == (settings.store/"predictions").resolve() else replace(given.serve, keep_share=0., keep_below=0.)   # a rehearsal's images are in the store
-    serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(own).items()}
+    serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(replace(own, database="")).items()}     # a worker needs none
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "CVOPS_MODELS": str(settings.root),
             "CVOPS_ROLLOUT": str(settings.store/"rollout"), "CVOPS_FEEDBACK": str(settings.store/"feedback"), "CVOPS_KEPT": str(settings.store/"kept"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
-            "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
+            "PYTHONDONTWRITEBYTECODE": "1", "BENTOML_HOME": str(settings.cache/"bentoml")}
 
 # %% ../../nbs/api/serve/08_launching.ipynb #567ad5fe
 @dataclass(frozen=True)

@@ -254,7 +254,8 @@ def _describe_explain(facts: Facts) -> dict[str, Any]:
 def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
     limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, {KIND_NAMES}."
     named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
-    about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept.")]
+    about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept; `yes`: it may."),
+             _header("X-Mask", "What is black in the image if it is kept: `x0,y0,x1,y1; …`, in pixels, or in shares of its sides where all four are at most 1.")]
     return {"summary": summary, "operationId": name, "description": f"{description} {limits}",
             "parameters": [_header("X-Request-Id", named, "^[A-Za-z0-9._-]{1,64}$"), *(about if name != "explain" else ()), *more,
                            {"name": "version", "in": "query", "required": False, "description": "Ask this registered version.", "schema": {"type": "string", "pattern": "^[0-9]{1,9}$"}}],
@@ -314,12 +315,13 @@ ANSWER = _fields(
     scores=("object", "every class and its probability; of a detector the surest box of each"),
     objects=("array", "of a detector: label, score and box, x1 y1 x2 y2 in pixels of the image that was sent; the surest first"),
     labels=("array", "where an image may bear several: those of one half or more"),
-    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"), version=("integer", "in the registry"),
+    mask=("object", "of segmentation: size of the square mask, and runs, class (0: nothing) and length, row by row"),
+    heat=("object", "of an anomaly: size of the square map, and its levels, bytes in Base64, row by row; from 128 on a place is strange"), version=("integer", "in the registry"),
     model=("string", "first 16 digits of the SHA-256 of its manifest"), request_id=("string", "find the answer in the log by it"),
     time=("string", "when the request came, ISO 8601, UTC"), latency_ms=("number", "in the service, milliseconds"))
 REFUSAL = _fields(error=("string", "what happened"), reason=("string", "the same as a code"), fix=("", "what to do, or null"),
                   request_id=("string", "of this request"))
-SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask")], "properties": ANSWER},
+SCHEMAS = {"Answer": {"type": "object", "required": [name for name in ANSWER if name not in ("objects", "labels", "mask", "heat")], "properties": ANSWER},
            "Refusal": {"type": "object", "required": list(REFUSAL), "properties": REFUSAL},
            "Answers": {"type": "object", "required": ["answers", "request_id", "time"], "properties": {
                "answers": {"type": "array", "items": {"anyOf": [{"$ref": "#/components/schemas/Answer"}, {"$ref": "#/components/schemas/Refusal"}]}},

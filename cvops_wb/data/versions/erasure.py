@@ -119,7 +119,7 @@ def allow_again(hashes: Iterable[str]) -> list[str]:
 # %% ../../../nbs/api/data/versions/09_erasure.ipynb #933d727d
 def _erase_store(store: Store, images: list[str]) -> dict[str, int]:
     "Blobs, files set aside, rows of the journal; overwritten in the database file too."
-    paths = [path for sha256 in images for path in (*(store.blobs/sha256[:2]).glob(f"{sha256}*"), *store.rejected.glob(f"{sha256}*"), *(store.blobs.parent/"kept"/sha256[:2]).glob(sha256[:16]))]
+    paths = [path for sha256 in images for path in (*(store.blobs/sha256[:2]).glob(f"{sha256}*"), *store.rejected.glob(f"{sha256}*"), *(store.blobs.parent/"kept"/sha256[:2]).glob(f"{sha256[:16]}*"))]
     for path in paths: path.unlink(missing_ok=True)
     journal = store.journal
     journal.execute("pragma secure_delete = on")

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import WrongUsage
+from ...core.errors import ToolFailed, WrongUsage
 from .states import HOLDING, IDLE, RUNNING, Rollout, RolloutFile, abort, advance, end, promote
 from .evidence import Decision, Evidence, RolloutSpec, decide
+from ..predictions import list_files, list_segments, read_segment
 
 # %% ../../../nbs/api/serve/rollouts/05_controller.ipynb #5337763b
 class LogReader:
@@ -29,37 +30,35 @@ class LogReader:
 
     def read(self) -> Iterator[Mapping[str, Any]]:
         "New rows; a line that is not whole yet waits for the next time."
-        stems = sorted({path.stem for path in self.folder.glob("[0-9]*.*") if path.suffix in (".jsonl", ".parquet")} if self.folder.is_dir() else ())
-        for stem in stems: yield from self.read_segment(stem)
+        try: found = list_segments(self.folder)
+        except ToolFailed: found = [(self.folder/name, last) for name, last in list_files(self.folder).items()]     # the newest are here
+        for stem, last in sorted(found): yield from self.read_lines(stem, last)
 
-    def read_segment(self, stem: str) -> list[Mapping[str, Any]]:
+    def read_lines(self, stem: Path, last: str) -> list[Mapping[str, Any]]:
         "The new rows of one segment."
-        offset, count = self.places.get(stem, (0, 0))
+        offset, count = self.places.get(stem.name, (0, 0))
         try:
-            with open(self.folder/f"{stem}.jsonl", "rb") as file:
+            with open(stem.with_name(f"{stem.name}.jsonl"), "rb") as file:
                 file.seek(offset)
                 data = file.read()
-        except FileNotFoundError: return self.read_table(stem, offset, count)
+        except FileNotFoundError: return self.read_table(stem, offset, count, last)
         whole = data[:data.rfind(b"\n") + 1]
         rows = [row for line in whole.split(b"\n") if (row := _parse(line))]
-        self.places[stem] = offset + len(whole), count + len(rows)
+        self.places[stem.name] = offset + len(whole), count + len(rows)
         return rows
 
-    def read_table(self, stem: str, offset: int, count: int) -> list[Mapping[str, Any]]:
+    def read_table(self, stem: Path, offset: int, count: int, last: str) -> list[Mapping[str, Any]]:
         "The rows of a segment that has become a table, without those that were read as lines; of old segments none."
-        path = self.folder/f"{stem}.parquet"
-        if offset < 0 or not path.is_file() or not count and _is_before(path, self.since): return []
-        import pyarrow.parquet as pq
-        self.places[stem] = -1, -1
-        return pq.read_table(path).slice(count).to_pylist()
+        if offset < 0 or not count and last < self.since[:19]: return []
+        try: rows = read_segment(stem).slice(count).to_pylist()
+        except ToolFailed: return []    # its database is away: the next look tries again
+        self.places[stem.name] = -1, -1
+        return rows
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try: row = json.loads(line) if line else None
     except ValueError: return None
     return row if isinstance(row, dict) and "request_id" in row else None
-
-def _is_before(path: Path, since: str) -> bool:
-    return bool(since) and path.stat().st_mtime < timegm(time.strptime(since[:19], "%Y-%m-%dT%H:%M:%S"))
 
 # %% ../../../nbs/api/serve/rollouts/05_controller.ipynb #67480f81
 KEEP = 200_000      # answers that wait for their truth

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'LOOKS', 'weigh_rows', 'Suspicion', 'list_suspicions', 'find_first', 'take_numbers', 'tell_number',
-           'tell_edge', 'tell_lane', 'find_camera', 'group_suspicions', 'explain']
+           'tell_edge', 'tell_lane', 'tell_mix', 'find_camera', 'group_suspicions', 'explain']
 
 # %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #29d296ae
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..causes import say_change
+from .scans import weigh_categories
 from .scores import Lane
 from .states import Cause
 from .watchers import Stream, Watcher, count_cells, measure_gap
@@ -43,10 +44,11 @@ def list_suspicions(watcher: Watcher, rows: pd.DataFrame, times: np.ndarray) -> 
     found = []
     for camera, stream in watcher.streams.items():
         for lane in np.flatnonzero(stream.scores >= 1):
-            start = stream.tell_time(stream.bettor.find_start(lane))
+            start = stream.tell_time(stream.find_start(lane))
             mine = (times >= start) & ((cameras == camera) if camera else True)
             if not mine.any(): mine = (cameras == camera) if camera else np.ones(len(rows), bool)
             parts = np.where(mine, weigh_rows(stream, cells, lane), 0.)
+            if stream.won[lane] < stream.scores[lane]: parts[mine] = weigh_categories(cells[mine, lane], stream.home[lane])
             first = find_first(parts)
             mine, parts, start = mine & (np.arange(len(rows)) >= first), np.where(np.arange(len(rows)) >= first, parts, 0.), max(start, int(times[first]))
             gap = float(measure_gap(count_cells(cells[mine]), stream.home)[lane]) if mine.any() else 0.
@@ -105,10 +107,18 @@ def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[
     if lane.part == "rarity":
         fresh = sorted({str(v) for v in rows[lane.column].dropna()} - {str(v) for v in reference[lane.column].dropna()})
         unknown = f"{lane.column} {', '.join(map(repr, fresh[:3]))}, which the reference does not have"
-        return unknown if fresh else f"more of what is rare among {'answers' if lane.column == 'predicted' else 'cameras'}", None
+        return unknown if fresh else tell_mix(lane.column, reference, rows), None
     before, now = (float((side[lane.column].astype(str) == lane.part).mean()) for side in (reference, rows))
     words = f"{'more' if now > before else 'fewer'} {'answers' if lane.column == 'predicted' else 'images from'} {lane.part!r} ({now:.0%}, was {before:.0%})"
     return words.replace("%", " %"), round(now/before - 1, 4) if before else None
+
+# %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #sc000015
+def tell_mix(column: str, reference: pd.DataFrame, rows: pd.DataFrame) -> str:
+    "Another mix of categories, by the two that rose most."
+    before, now = (side[column].dropna().astype(str).value_counts(normalize=True) for side in (reference, rows))
+    risen = now.sub(before, fill_value=0.).sort_values(ascending=False).index[:2]
+    told = ", ".join(f"{name!r} {now.get(name, 0.):.0%} (was {before.get(name, 0.):.0%})" for name in risen)
+    return f"another mix of {'answers' if column == 'predicted' else 'cameras'}: {told}".replace("%", " %")
 
 # %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #cf98e867
 def find_camera(suspicion: Suspicion, cameras: np.ndarray) -> str:

@@ -32,6 +32,11 @@ class Lane:
     share: float = 0.       # of an indicator in the reference; 0: a number
     seats: tuple[float, ...] = ()   # shares of all categories, the most frequent first; empty: not of categories
 
+    @property
+    def scanned(self) -> bool:
+        "Whether all its categories are looked at together."
+        return bool(self.seats)
+
 def find_edges(values: np.ndarray) -> np.ndarray:
     "Different quantiles of the finite values, at most `EDGES`."
     known = values[np.isfinite(values)]

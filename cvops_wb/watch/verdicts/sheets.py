@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from ...core.drawing import escape
 from ..looks import STYLE
+from .advice import advise
 from .states import Cause, DriftState, Estimate
 
 # %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #70abbaf5
@@ -19,6 +20,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 GRID = """
 .wb dt,.wb h1,.wb h2,.wb li{overflow-wrap:anywhere} .wb figure{min-width:0}
 .wb .cause{margin-top:22px}.wb .cause h2{font-size:19px}.wb .cause p{color:var(--quiet);font-size:13px;margin:2px 0 10px}
+.wb .cause .do{color:inherit;font-size:15px}
 .wb .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(104px,1fr));gap:8px}
 .wb .shots img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:9px;background:var(--soft)}
 .wb .shots span{display:grid;place-items:center;aspect-ratio:1;border-radius:9px;background:var(--soft);font-size:12px;color:var(--quiet)}
@@ -75,4 +77,5 @@ def render_sheet(state: DriftState, photos: Mapping[str, bytes], captions: Mappi
 
 def _render_cause(cause: Cause, photos: Mapping[str, bytes], captions: Mapping[str, str]) -> str:
     facts = f"{cause.view}; evidence {cause.score:.1f} times an alarm's; severity {cause.severity:.2f}; {len(cause.samples)} images, the worst first"
-    return f'<section class="cause"><h2>{escape(cause.words)}</h2><p>{escape(facts)}</p>{draw_shots(cause, photos, captions)}</section>'
+    return (f'<section class="cause"><h2>{escape(cause.words)}</h2><p class="do">What to do: {escape(advise(cause))}.</p><p>{escape(facts)}</p>'
+            f'{draw_shots(cause, photos, captions)}</section>')
