@@ -18,14 +18,15 @@ class Kind:
     media: tuple[str, ...]          # content types
     start: bytes                    # how such a file begins: a pattern
     drawn: bool = True              # browsers show it
+    lossy: bool = False             # four bytes a pixel are always enough
 
     @property
     def ext(self) -> str: return self.suffixes[0]
 
 KINDS = (
-    Kind("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), ("image/jpeg", "image/jpg"), rb"\xff\xd8\xff"),
+    Kind("JPEG", (".jpg", ".jpeg", ".jpe", ".jfif"), ("image/jpeg", "image/jpg"), rb"\xff\xd8\xff", lossy=True),
     Kind("PNG", (".png",), ("image/png",), rb"\x89PNG\r\n\x1a\n"),
-    Kind("WebP", (".webp",), ("image/webp",), rb"RIFF....WEBP"),
+    Kind("WebP", (".webp",), ("image/webp",), rb"RIFF....WEBP", lossy=True),
     Kind("TIFF", (".tif", ".tiff"), ("image/tiff",), rb"II\*\0|MM\0\*", drawn=False),
     Kind("BMP", (".bmp", ".dib"), ("image/bmp", "image/x-ms-bmp"), rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"),
 )

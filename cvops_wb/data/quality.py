@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import BadInput
+from ..core.kinds import KINDS
 
 if TYPE_CHECKING: import pandas as pd
 
@@ -70,7 +71,7 @@ def flag_quality(
         "blurred": ~blank & (detail < limit_low(detail, np.log(.01), np.log(.1))),
         "odd_size": (pixels < pixels.median()/8) | (pixels > pixels.median()*8) | (table[["width", "height"]].min(axis=1) < 32),
         "odd_shape": shape > max(2.2, 1.6*shape.median()),
-        "heavy": table["ext"].isin((".jpg", ".webp")) & (table["bytes"] > 4*pixels + 131_072),
+        "heavy": table["ext"].isin([kind.ext for kind in KINDS if kind.lossy]) & (table["bytes"] > 4*pixels + 131_072),
     })
 
 # %% ../../nbs/api/data/11_quality.ipynb #b8079816
