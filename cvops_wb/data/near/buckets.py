@@ -35,6 +35,7 @@ def deal_out(words: np.ndarray, mask: int, odd: int, bits: int) -> tuple[np.ndar
         at[piece] += 1
     return dealt, places, ends
 
+# %% ../../../nbs/api/data/near/02_buckets.ipynb #b0c4e702
 @compiled
 def _grow(out):
     wider = np.empty(2*len(out), dtype=np.uint64)
