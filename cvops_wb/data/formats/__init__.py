@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...core.errors import BadInput
 from ...core.files import join_within
+from ...core.kinds import SUFFIXES
 from ...core.records import Snapshot
 from ...core.registries import Registry
 
@@ -55,8 +56,8 @@ class Format(Protocol):
 formats = Registry("format", package="cvops_wb.data.formats", group="cvops_wb.formats")
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #3d7c6226
-IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
-OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
+IMAGES = SUFFIXES
+OTHER_IMAGES = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 def is_image_name(name: str) -> bool:
