@@ -3476,6 +3476,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cvops_wb.serve.limits.Rates.check': ( 'api/serve/limits.html#rates.check',
                                                                               'cvops_wb/serve/limits.py'),
                                        'cvops_wb.serve.limits.Upload': ('api/serve/limits.html#upload', 'cvops_wb/serve/limits.py'),
+                                       'cvops_wb.serve.limits._is_own': ('api/serve/limits.html#_is_own', 'cvops_wb/serve/limits.py'),
                                        'cvops_wb.serve.limits.check_caller': ( 'api/serve/limits.html#check_caller',
                                                                                'cvops_wb/serve/limits.py'),
                                        'cvops_wb.serve.limits.check_host': ('api/serve/limits.html#check_host', 'cvops_wb/serve/limits.py'),
