@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.kinds import KINDS
 from ..core.errors import BadImage, MissingTool, UnknownName, needs
 from .verification import VerifiedModel, spoilt
 
@@ -203,9 +204,9 @@ class Classifier:
     def warm(self) -> None:
         "The first image loads codecs and allocates: that shall not happen in a request. Then take the time of the network alone."
         from PIL import Image
-        for kind in ("PNG", "WEBP", "JPEG"):
+        for kind in reversed(KINDS):     # the commonest last
             out = io.BytesIO()
-            Image.new("RGB", (64, 64)).save(out, kind)
+            Image.new("RGB", (64, 64)).save(out, kind.name)
             self.predict(out.getvalue())
         blank, times = np.zeros((self.model.size, self.model.size, 3), np.uint8), []
         while len(times) < 5 and sum(times) < .1:
