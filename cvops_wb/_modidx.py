@@ -3401,6 +3401,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'cvops_wb/serve/databases.py'),
                                           'cvops_wb.serve.databases.Database.connected': ( 'api/serve/databases.html#database.connected',
                                                                                            'cvops_wb/serve/databases.py'),
+                                          'cvops_wb.serve.databases.Database.erase': ( 'api/serve/databases.html#database.erase',
+                                                                                       'cvops_wb/serve/databases.py'),
                                           'cvops_wb.serve.databases.Database.is_made': ( 'api/serve/databases.html#database.is_made',
                                                                                          'cvops_wb/serve/databases.py'),
                                           'cvops_wb.serve.databases.Database.list_segments': ( 'api/serve/databases.html#database.list_segments',
