@@ -149,9 +149,12 @@ def forget(
     cvops forget --allow 3f2a91
     """
     from cvops_wb.data import allow_again, find_snapshot, forget, resume_forgetting
+    from cvops_wb.serve import open_database
     if not ids and not resume: raise WrongUsage("no image is named", got="no id", fix="cvops forget ID, or cvops forget --resume")
     if allow: return Reply({"allowed": (found := ids if dry_run else allow_again(ids))}, f"may be ingested again: {', '.join(found)}")
-    receipt = resume_forgetting() if resume else forget(ids, history, dry_run, reports)
+    database = None if dry_run or resume else open_database(load_settings().store/"predictions")
+    told = {"answers_in_the_database": database.erase([sha256[:16] for sha256 in forget(ids, history, True, reports)["images"]])} if database else {}     # first: if it is away, nothing has been begun
+    receipt = (resume_forgetting() if resume else forget(ids, history, dry_run, reports)) | told
     if not dry_run and receipt.get("current"): adopt_snapshot(load_settings(), find_snapshot())
     rows = [f"  {name:<26} {value}" for name, value in receipt.items() if value not in ([], {}, "")]
     left = receipt["versions"] if dry_run and not history else receipt.get("still_in", [])
