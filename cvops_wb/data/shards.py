@@ -73,8 +73,8 @@ class Place(NamedTuple):
             raise BadRecord("an image in a shard is damaged", got=f"{self.sha256} in {self.shard}", fix=_MEND)
         return data
 
-_FETCH = "`dvc checkout` brings it from the cache, `dvc pull` from the remote"
-_MEND = "delete the shard and the folder .dvc/cache, then `dvc pull` brings both from the remote, verified"
+_FETCH = "`cvops pull` brings it from the cache or the remote, verified"
+_MEND = "`cvops pull` puts a good copy from the cache or the remote in its place"
 
 def _missing(path: Path, error: Exception) -> BadRecord:
     return BadRecord("a shard of the data cannot be read", got=f"{path}: {error}", fix=_FETCH)

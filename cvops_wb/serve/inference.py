@@ -14,10 +14,12 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ..core.kinds import KINDS
 from ..core.errors import BadImage, MissingTool, UnknownName, needs
 from .verification import VerifiedModel, spoilt
 
@@ -165,6 +167,8 @@ class Classifier:
         provider: str = "cpu",          # cpu, cuda, tensorrt, openvino
     ):
         self.model, self.max_bytes, self.max_megapixels = model, max_bytes, max_megapixels
+        from cvops_wb.data import decode_image, load_image, measure_image, resize_image     # one lookup, and not one an image
+        self.decode, self.load, self.measure, self.resize = decode_image, load_image, measure_image, resize_image
         self.session, self.task = open_onnx(model, threads, provider), model.card.get("task", "classification")
         self.warm()
 
@@ -174,13 +178,23 @@ class Classifier:
         measured: bool = True,      # its light, contrast and the rest as well
     ) -> Answer:
         "The answer to one image; `BadImage` with a reason."
-        from cvops_wb.data import decode_image, measure_image, resize_image
-        image = decode_image(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
+        return self.look(data, measured=measured)[0]
+
+    def look(
+        self,
+        data: bytes | np.ndarray,
+        opened: Any = None,         # the same image, its header read already
+        measured: bool = False,     # before the network runs: it leaves the image's pixels in no cache
+    ) -> tuple[Answer, Any]:
+        "The answer to one image, and the image, so that it can be measured later; `BadImage` with a reason."
+        if opened is not None: image = self.load(opened)
+        else: image = self.decode(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
+        pixels, facts = self.resize(image, self.model.size), self.measure(image) if measured else {}
+        raw, embedding = self.ask(pixels)
         data = data if isinstance(data, bytes) else data.tobytes()
-        raw, embedding = self.ask(resize_image(image, self.model.size))
-        facts = {**(measure_image(image) if measured else {}), "width": image.width, "height": image.height, "bytes": len(data)}
         said = READERS[self.task](raw, self.model, image.width, image.height)
-        return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4])
+        facts |= {"width": image.width, "height": image.height, "bytes": len(data)}
+        return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4]), image
 
     def wrap(self, pixels: np.ndarray) -> Any:
         "Pixels as an image; `BadImage` if they are too many."
@@ -189,12 +203,18 @@ class Classifier:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
     def warm(self) -> None:
-        "The first image loads codecs and allocates: that shall not happen in a request."
+        "The first image loads codecs and allocates: that shall not happen in a request. Then take the time of the network alone."
         from PIL import Image
-        for kind in ("PNG", "WEBP", "JPEG"):
+        for kind in reversed(KINDS):     # the commonest last
             out = io.BytesIO()
-            Image.new("RGB", (64, 64)).save(out, kind)
+            Image.new("RGB", (64, 64)).save(out, kind.name)
             self.predict(out.getvalue())
+        blank, times = np.zeros((self.model.size, self.model.size, 3), np.uint8), []
+        while len(times) < 5 and sum(times) < .1:
+            begin = perf_counter()
+            self.ask(blank)
+            times.append(perf_counter() - begin)
+        self.seconds = min(times)
 
     def ask(
         self,
