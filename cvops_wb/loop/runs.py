@@ -116,7 +116,7 @@ DESCRIPTIONS = {
     "Batch": lambda r: f"{r.count:,} images, {_classes(r.classes)}, {r.new:,} new, {r.rejected:,} set aside",
     "Selection": _describe_selection,
     "View": lambda r: f"{r.count:,} images in FiftyOne as {r.dataset!r}",
-    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shards" + (", pushed" if r.pushed else ""),
+    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shard{'s'*(len(r.shards) != 1)}" + (", pushed" if r.pushed else ""),
     "Candidate": _describe_candidate,
     "Contest": lambda r: "; ".join(f"{p['a']} less {p['b']} {p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]: {p['verdict']}" for p in r.pairs),
     "Evaluation": _describe_evaluation, "ModelVersion": _describe_version,
