@@ -50,7 +50,7 @@ def say_estimate(estimate: Estimate | None) -> str:
     if estimate is None or estimate.value is None: return "not known: the reference has no labelled answers"
     how = {"confidence": "estimated from confidence", "spot check": f"{estimate.count} images that people looked at", "both": "spot check, carried on by confidence"}
     told = f"{100*estimate.value:.1f} % ({100*estimate.low:.1f} to {100*estimate.high:.1f}), {how[estimate.method]}"
-    return told if estimate.known else f"cannot be known from confidence: {estimate.why}"
+    return told if estimate.known else estimate.why
 
 # %% ../../../nbs/api/watch/verdicts/07_sheets.ipynb #86de75e4
 def say_state(state: DriftState) -> str:
