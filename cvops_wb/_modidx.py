@@ -4665,6 +4665,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.list_suspicions': ( 'api/watch/verdicts/offenders.html#list_suspicions',
                                                                                                           'cvops_wb/watch/verdicts/offenders.py'),
+                                                   'cvops_wb.watch.verdicts.offenders.rises': ( 'api/watch/verdicts/offenders.html#rises',
+                                                                                                'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.take_numbers': ( 'api/watch/verdicts/offenders.html#take_numbers',
                                                                                                        'cvops_wb/watch/verdicts/offenders.py'),
                                                    'cvops_wb.watch.verdicts.offenders.tell_edge': ( 'api/watch/verdicts/offenders.html#tell_edge',
