@@ -4769,6 +4769,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'cvops_wb/watch/verdicts/sheets.py'),
                                                 'cvops_wb.watch.verdicts.sheets.say_estimate': ( 'api/watch/verdicts/sheets.html#say_estimate',
                                                                                                  'cvops_wb/watch/verdicts/sheets.py'),
+                                                'cvops_wb.watch.verdicts.sheets.say_lead': ( 'api/watch/verdicts/sheets.html#say_lead',
+                                                                                             'cvops_wb/watch/verdicts/sheets.py'),
                                                 'cvops_wb.watch.verdicts.sheets.say_state': ( 'api/watch/verdicts/sheets.html#say_state',
                                                                                               'cvops_wb/watch/verdicts/sheets.py'),
                                                 'cvops_wb.watch.verdicts.sheets.shrink': ( 'api/watch/verdicts/sheets.html#shrink',

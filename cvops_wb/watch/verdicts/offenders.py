@@ -167,7 +167,8 @@ def explain(watcher: Watcher, reference: pd.DataFrame, rows: pd.DataFrame, times
     return sorted(causes, key=lambda cause: -cause.score)
 
 def _tell_cause(camera: str, group: list[Suspicion], reference: pd.DataFrame, rows: pd.DataFrame, times: np.ndarray, cameras: np.ndarray, most: int) -> Cause:
-    visible = sorted(group, key=lambda s: (_order(s.lane), -s.score))
+    mixed = {s.lane.column for s in group if s.lane.scanned}
+    visible = sorted((s for s in group if s.lane.scanned or s.lane.column not in mixed), key=lambda s: (_order(s.lane), -s.score))    # a mix names its categories
     start = group[0].start
     mine = (times >= start) & ((cameras == camera) if camera else True)
     shown = rows[mine] if mine.any() else rows
