@@ -4475,6 +4475,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.judge_categories': ( 'api/watch/reports.html#judge_categories',
                                                                                      'cvops_wb/watch/reports.py'),
+                                        'cvops_wb.watch.reports.keep_run': ('api/watch/reports.html#keep_run', 'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.mend_html': ( 'api/watch/reports.html#mend_html',
                                                                               'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.quick_imports': ( 'api/watch/reports.html#quick_imports',
