@@ -129,7 +129,7 @@ def main() -> None:
     names = ["dark", "blur"] if options.quick else list(CORRUPTIONS)
     sets = {"grocery": lambda: read_photos(options.photos, 240 if options.quick else 2640), "drawn": lambda: draw_photos(600)}
     for name in list(sets)[:1 if options.quick else 2]:
-        rows += measure(World(name, *sets[name](), names, 2 if options.quick else 16), 10 if options.quick else 100, 300 if options.quick else 4000, rng)
+        rows += measure(World(name, *sets[name](), names, 2 if options.quick else 12), 10 if options.quick else 100, 300 if options.quick else 4000, rng)
     print("| measure | ours | peer | | ratio | goal | met | note |\n|---|---|---|---|---|---|---|---|")
     for r in rows: print("|", " | ".join("" if v is None else str(v) for v in (r[k] for k in ("measure", "ours", "peer", "peer_name", "ratio", "goal", "met", "note"))), "|")
     if options.json: options.json.write_text(json.dumps(rows, indent=1) + "\n")
