@@ -80,6 +80,9 @@ bench-peers: | $(filter .cvops/%,$(UV))   ## what the benches compare with, each
 	@for peer in "fastapi fastapi==0.163.2 uvicorn[standard]==0.54.0" "bentoml bentoml==1.4.39 uvloop httptools" "litserve litserve==0.2.19" "mlserver mlserver==1.7.1" "mlflow mlflow==3.17.2 onnx==1.23.2"; do set -- $$peer; place=.cvops/peers/$$1; \
 	  test -x $$place/bin/python || $(UV) venv --quiet --python $(PYTHON) $$place; shift; \
 	  $(UV) pip install --quiet --python $$place/bin/python numpy==2.4.6 pillow==13.0.0 onnxruntime==1.32.0 "$$@"; done
+	$(call say,KServe's client of tests/test_serve_protocol.py: MLServer's came with bench/serve.py)
+	@test -x .cvops/peers/kserve/bin/python || $(UV) venv --quiet --python $(PYTHON) .cvops/peers/kserve
+	@$(UV) pip install --quiet --python .cvops/peers/kserve/bin/python kserve==0.21.0
 	$(call say,peers of bench/loader.py: on the workbench's own torch and Pillow)
 	@$(UV) pip install --quiet --python $(BIN)/python --target .cvops/peers/loader --no-deps webdataset==1.0.2 mosaicml-streaming==0.13.0 braceexpand zstd python-snappy cramjam \
 	  Brotli xxhash catalogue transformers tokenizers regex huggingface-hub typer-slim paramiko

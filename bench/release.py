@@ -1,6 +1,6 @@
 """A release as users live it: another grocery model is rolled out under load while its page is watched; two bad ones are rolled back by themselves.
 
-    python bench/release.py WORKBENCH [--quick] [--json FILE] [--photos DIR] [--shots DIR]
+    python bench/release.py WORKBENCH [--quick] [--json FILE] [--photos DIR] [--shots DIR]     (--shots: the page at each change, light and dark)
 
 WORKBENCH has two registered models of the grocery photographs (`cvops train`, `evaluate`, `register`, twice). The less accurate of them is made champion and packaged, the other is rolled out. All happens in a copy, with a real service,
 real clients on four threads without a second try, feedback with the truth after each answer, the page `rollout` open in Chromium, and `cvops rollout start` as a person types it.
@@ -134,6 +134,15 @@ def serve(root):
     raise SystemExit("the service did not start: run `cvops serve` in the workbench to see why")
 
 
+def shoot(tab, shots, name):
+    "The page as it is, in both schemes."
+    for scheme in ("light", "dark") if shots else ():
+        tab.emulate_media(color_scheme=scheme)
+        time.sleep(.3)
+        tab.screenshot(path=str(shots/f"{name}-{scheme}.png"), full_page=True)
+    tab.emulate_media(color_scheme="light")
+
+
 def roll_out(root, version, load, tab, shots, most):
     "`cvops rollout start` as a person runs it, with the page beside it: its exit status, the state, and what the page said."
     name, begin = f"version-{version}", time.monotonic()
@@ -144,12 +153,12 @@ def roll_out(root, version, load, tab, shots, most):
         title, lead = (tab.inner_text(f".wb {part}") for part in ("h1", ".lead")) if tab.query_selector(".wb .lead") else ("", "")
         if title and (not seen or title != seen[-1][0]):
             seen.append((title, lead))
-            if shots: tab.screenshot(path=str(shots/f"{name}-{shot}.png"), full_page=True)
+            shoot(tab, shots, f"{name}-{shot}")
             shot += 1
     if child.poll() is None: child.kill()
     out, errors = child.communicate()
     time.sleep(3.)
-    if shots: tab.screenshot(path=str(shots/f"{name}-end.png"), full_page=True)
+    shoot(tab, shots, f"{name}-end")
     seen.append((tab.inner_text(".wb h1"), tab.inner_text(".wb .lead")))
     text = out.strip()
     if child.returncode not in (0, 3): raise SystemExit(f"{text}\n{errors}")

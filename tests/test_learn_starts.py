@@ -10,7 +10,7 @@ import torch
 from cvops_wb.core.errors import BadInput, WrongUsage
 from cvops_wb.core.records import Evaluation
 from cvops_wb.core.settings import Gate
-from cvops_wb.learn.evaluation import EvaluateSpec, measure_all, predict, slice_up
+from cvops_wb.learn.evaluation import EvaluateSpec, measure_all, measure_damaged, predict, slice_up
 from cvops_wb.learn.exporting import check_parity, open_session, read_model, to_onnx, write_model
 from cvops_wb.learn.gates import judge
 from cvops_wb.learn.learners import LEARNERS, LearnSpec
@@ -91,6 +91,25 @@ def test_without_defects_nothing_is_claimed():
     assert "auroc" not in metrics and "auroc" not in intervals and slice_up(task, model, table, scores, EvaluateSpec(bootstrap=60)) == []
     e = Evaluation("t", "s", "test", 16, metrics, intervals, {}, "p", main_metric="auroc")
     assert not next(r for r in judge(e, Gate()) if r["rule"] == "min_accuracy")["passed"]
+
+
+def test_damage_tells_a_blind_model_from_one_that_sees(tmp_path):
+    "Good images alone: what was damaged on purpose is found by a memory, not by a model that says the same of everything; and the rule goes by that."
+    network, material, _ = learn_plates(held_scarred=0)
+    task, names, images = material.task, ["good", "defect"], material.exact.take(material.held["id"])
+    card = {"task": "anomaly", "network": "patches", "classes": names, "size": SIDE, "temperature": 1., "snapshot": "s"}
+    told = {}
+    for kind in ("sees", "blind"):
+        if kind == "blind": network.reach.fill_(1e6)
+        write_model(tmp_path/kind, network, to_onnx(network, SIDE, task.outputs), card, pd.DataFrame({"id": ["x"]}))
+        model = read_model(tmp_path/kind)
+        table, scores = predict(task, model, material.held, material.exact)
+        assert task.is_one_sided(task.to_targets(table, names, SIDE))
+        metrics, intervals = measure_damaged(task, model, images, table, scores, EvaluateSpec(bootstrap=50))
+        e = Evaluation("t", "s", "test", 16, metrics, intervals, {}, "p", task="anomaly", main_metric="planted_auroc")
+        told[kind] = metrics, next(r for r in judge(e, Gate(min_accuracy=.7)) if r["rule"] == "min_accuracy")
+    assert set(told["sees"][0]) == {"planted_auroc", "planted_pro", "planted_recall"} and told["sees"][0]["planted_auroc"] > .9 > .6 > told["blind"][0]["planted_auroc"]
+    assert told["sees"][1]["passed"] and not told["blind"][1]["passed"] and "damaged on purpose" in told["sees"][1]["why"]
 
 
 def test_auroc_is_sklearn_s():

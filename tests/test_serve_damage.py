@@ -196,8 +196,9 @@ def versioned(bench, signed, tmp_path_factory):
     "A model under DVC, pushed to a remote that is verified."
     root = tmp_path_factory.mktemp("versioned")
     shutil.copytree(bench.root/"data/registry/toy/1", root/"model")
-    for words in (("init", "--no-scm", "-q"), ("remote", "add", "-d", "store", str(root/"remote")), ("remote", "modify", "store", "verify", "true"), ("add", "-q", "model"), ("push", "-q")):
-        assert dvc(root, *words)[0] == 0
+    assert dvc(root, "init", "--no-scm", "-q")[0] == 0
+    (root/".dvc"/"config").write_text(f"[core]\n    no_scm = True\n    remote = store\n    analytics = false\n['remote \"store\"']\n    url = {root/'remote'}\n    verify = true\n")
+    for words in (("add", "-q", "model"), ("push", "-q")): assert dvc(root, *words)[0] == 0
     return root
 
 

@@ -149,9 +149,10 @@ def test_the_campaign_of_bad_input(service):
     """Mutants of images and of crafted files, raw, in forms, as Base64: refused with a reason or answered; how long a refusal takes is told, and the peak of memory
     stays within a fifth of that of valid photographs."""
     rng, before = np.random.default_rng(11), find_workers(service)
-    for k in range(40):
+    for k in range(40 if FULL else 12):
         for kind in ("JPEG", "PNG", "WEBP"):
-            for how in ("raw", "form", "json"): put(service, *SENT[how](photograph(seed=k, kind=kind, size=(1000, 750))))
+            data = photograph(seed=k, kind=kind, size=(1000, 750))
+            for how in ("raw", "form", "json"): put(service, *SENT[how](data))
     most, seconds, statuses, wrong = peak(service), [], {}, []
     for k in range(COUNT):
         data, how = damage(rng), ("raw", "wrong type", "form", "json")[k % 4]
@@ -163,18 +164,7 @@ def test_the_campaign_of_bad_input(service):
     refused = np.sort(seconds)*1e3
     print(f"\n{COUNT} bad inputs: {statuses}; refusals of up to 1 MB p50 {refused[len(refused)//2]:.1f} ms, p99 {refused[int(.99*len(refused))]:.1f} ms; peak {peak(service)/most:.3f} of a valid run's {most/1e6:.0f} MB")
     assert wrong == [] and find_workers(service) == before and peak(service) <= 1.2*most, (wrong[:3], peak(service)/most)
-
-
-def test_mutants_are_refused_or_answered(service):
-    "Damaged images of eleven kinds; some still decode. Memory stays within a fifth of what valid images take."
-    rng = np.random.default_rng(7)
-    worker = psutil.Process(find_workers(service)[-1])
-    def weigh(): return max(psutil.Process(pid).memory_info().rss for pid in find_workers(service))
-    for k in range(50): put(service, photograph(seed=k, size=(1600, 1200)))
-    most = weigh()
-    wrong = judge(service, ((k, mutate(rng)) for k in range(COUNT)))
-    assert wrong == [] and weigh() <= 1.2*most + 20e6, (wrong[:3], weigh()/most)
-    assert worker.is_running() and put(service, photograph())[0] == 200
+    assert put(service, photograph())[0] == 200
 
 
 def test_a_service_that_fails_inside_would_be_seen(service):
@@ -224,7 +214,7 @@ def test_the_service_keeps_to_its_own_description(service):
     schema = schemathesis.openapi.from_dict(document)
     operations = [found.ok() for found in schema.get_all_operations()]
     assert len(operations) >= 18
-    each, least, seen = (800, 5_000, []) if FULL else (20, 120, [])     # routes without a choice have one case each
+    each, least, seen = (800, 5_000, []) if FULL else (12, 120, [])     # routes without a choice have one case each
     for operation in operations:
         @settings(max_examples=each, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
         @given(case=operation.as_strategy())

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from cvops_wb.core.errors import BadRecord
-from cvops_wb.serve import compact_predictions, read_predictions
+from cvops_wb.serve import compact_predictions, list_segments, read_predictions, read_segment
 from cvops_wb.serve.inference import Answer
-from cvops_wb.serve.predictions import COLUMNS, PredictionLog, tell_time, to_row
+from cvops_wb.serve.predictions import COLUMNS, MEASURED, PredictionLog, tell_time, to_measured, to_row
 
 ANSWER = Answer("0"*16, "red", .9, np.array([.9, .1], np.float32), .3, np.arange(4, dtype=np.float32), {"brightness": .5, "width": 60, "phash": "f"*16})
 
@@ -54,7 +54,7 @@ def test_the_vectors_and_types_come_back(tmp_path):
 def test_what_is_torn_is_left_out(tmp_path, end):
     log = PredictionLog(tmp_path)
     for k in range(3): log.append(row(k))
-    os.write(log.file, end)
+    os.write(log.segment.file, end)
     assert ids(tmp_path) == ["0", "1", "2"]
     log.close()
     compact_predictions(tmp_path)
@@ -63,13 +63,53 @@ def test_what_is_torn_is_left_out(tmp_path, end):
 
 def test_a_full_disk_costs_the_line_and_not_the_next(tmp_path):
     log = PredictionLog(tmp_path)
-    good, full = log.file, os.open("/dev/full", os.O_WRONLY)
+    good, full = log.segment.file, os.open("/dev/full", os.O_WRONLY)
     log.append(row(0))
-    log.file = full
-    assert log.append(row(1)) is False
-    log.file, log.torn = good, True     # as after a line of which half was written
+    log.segment.file = full
+    assert log.append(row(1)) is False and log.append_open(row(1)) is None
+    log.segment.file, log.torn = good, True     # as after a line of which half was written
     os.write(good, json.dumps(row(2)).encode()[:50])
     assert log.append(row(3)) and ids(tmp_path) == ["0", "3"]
+
+
+LIGHT = {"brightness": .5, "contrast": .25, "sharpness": 1., "entropy": 0., "saturation": .12345, "phash": "0123456789abcdef"}
+
+
+def blank(k: int) -> dict: return {name: value for name, value in row(k).items() if name not in MEASURED}
+
+
+def test_what_is_measured_later_is_filled_in(tmp_path):
+    log = PredictionLog(tmp_path, lines=2)
+    waiting = [log.append_open(blank(k)) for k in range(5)]
+    found = read_predictions(tmp_path)
+    assert list(found.request_id) == list("01234") and found.brightness.isna().all() and found.phash.isna().all(), "rows are there at once"
+    log.close()
+    assert compact_predictions(tmp_path) == 0, "segments that wait to be filled in are not finished"
+    for k in (4, 0, 1, 3): waiting[k](LIGHT)
+    waiting[2]({})
+    assert compact_predictions(tmp_path) == 3
+    found = read_predictions(tmp_path).set_index("request_id")
+    assert all({name: found.loc[str(k)][name] for name in LIGHT} == LIGHT for k in (0, 1, 3, 4)) and np.isnan(found.loc["2"].brightness)
+
+
+def test_who_follows_the_log_waits_for_what_is_measured(tmp_path):
+    log = PredictionLog(tmp_path)
+    found = [(log.append_open if k == 2 else log.append)({**blank(k), "time": tell_time()}) for k in range(4)]
+    [(stem, _)] = list_segments(tmp_path)
+    assert (read_segment(stem).num_rows, read_segment(stem, settled=True).num_rows) == (4, 2)
+    found[2](LIGHT)
+    assert read_segment(stem, settled=True).num_rows == 4
+    log.append_open({**blank(4), "time": tell_time(1e9)})
+    assert read_segment(stem, settled=True).num_rows == 5, "what nobody will fill in any more is not waited for"
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, 8, 40, 41, 55, 56])
+def test_a_line_that_a_kill_left_half_filled_is_whole(tmp_path, cut):
+    log = PredictionLog(tmp_path)
+    *_, place = log.append_open(blank(0)).args
+    os.pwrite(log.segment.file, to_measured(LIGHT)[:cut], place)
+    found = read_predictions(tmp_path).iloc[0]
+    assert found.request_id == "0" and (found.phash == LIGHT["phash"] if cut == 56 else found.phash is None and np.isnan(found.brightness))
 
 
 def test_a_damaged_table_is_named(tmp_path):

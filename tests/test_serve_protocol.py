@@ -63,7 +63,7 @@ def test_a_client_of_triton_asks_who_is_there(client):
     assert about["name"] == "toy" and about["versions"] == ["1", "2", "3"] and {t["name"] for t in about["outputs"]} == {"label", "confidence", "scores", "embedding"}
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
 def test_files_by_a_client_of_triton(client, service, kind):
     "Three files in one request, as length-prefixed bytes; the answers are those of /predict."
     files = [photograph(colour, kind) for colour in ("red", "green", "blue")]
@@ -158,15 +158,62 @@ def test_every_image_of_a_request_is_in_the_log(client, bench):
     assert sorted(ours["request_id"]) == ["three", "three.1", "three.2"] and set(ours["camera"]) == {"north"} and ours["embedding"].map(len).gt(0).all()
 
 
-def test_mlservers_own_client(service, tmp_path):
-    "`mlserver infer`, from an environment of its own: MLSERVER names its program."
-    program = os.environ.get("MLSERVER", "")
-    if not Path(program).is_file(): pytest.skip("set MLSERVER to the program of an environment with mlserver 1.7.1")
-    line = json.dumps({"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": [IMAGE]}]})
-    (tmp_path/"in.json").write_text(line + "\n")
-    done = subprocess.run([program, "infer", "-u", service.url.removeprefix("http://"), "-m", "toy", "-i", tmp_path/"in.json", "-o", tmp_path/"out.json"], capture_output=True, text=True, timeout=120)
+PEERS = Path(__file__).parents[1]/".cvops"/"peers"
+
+
+def find_peer(name, program):
+    "A program of a client that has an environment of its own."
+    path = Path(os.environ.get(name.upper()) or PEERS/name/"bin"/program)
+    return path if path.is_file() else pytest.skip(f"{name} has an environment of its own: make bench-peers, or {name.upper()}=…/bin/{program}")
+
+
+@pytest.mark.parametrize("binary, batch", [(False, 1), (True, 4)])
+def test_mlservers_own_client(service, tmp_path, binary, batch):
+    "`mlserver infer` reads a file of requests and writes one of replies: pixels, in JSON or binary, one by one or four requests in one."
+    program, pixels = find_peer("mlserver", "mlserver"), {colour: np.full((1, 6, 8, 3), 0, np.uint8) for colour in ("red", "green", "blue")}
+    for k, colour in enumerate(pixels): pixels[colour][..., k] = 220
+    order = [("red", "green", "blue")[k % 3] for k in range(9)]
+    lines = [json.dumps({"id": str(k), "inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 6, 8, 3], "data": pixels[colour].ravel().tolist()}]}) for k, colour in enumerate(order)]
+    (tmp_path/"in.json").write_text("\n".join(lines) + "\n")
+    done = subprocess.run([program, "infer", "-u", service.url.removeprefix("http://"), "-m", "toy", "-i", tmp_path/"in.json", "-o", tmp_path/"out.json", "-s", str(batch), *(["-b"] if binary else [])],
+                          capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "label" in (tmp_path/"out.json").read_text()
+    replies = [json.loads(line) for line in (tmp_path/"out.json").read_text().splitlines()]
+    said = {int(reply["id"]): next(each["data"][0] for each in reply["outputs"] if each["name"] == "label") for reply in replies}
+    assert said == dict(enumerate(order)), done.stderr[-800:]
+
+
+KSERVE = """
+import asyncio, json, sys
+import numpy as np
+from kserve import InferenceRESTClient, InferInput, InferRequest
+from kserve.inference_client import RESTConfig
+url, data = sys.argv[1], open(sys.argv[2], "rb").read()
+
+async def main():
+    client = InferenceRESTClient(RESTConfig(protocol="v2"))
+    alive = [await client.is_server_live(url), await client.is_server_ready(url), await client.is_model_ready(url, "toy")]
+    def put(binary):
+        pixels = InferInput("images", [2, 6, 8, 3], "UINT8")
+        pixels.set_data_from_numpy(np.stack([np.full((6, 8, 3), (210, 40, 30), np.uint8), np.full((6, 8, 3), (30, 50, 220), np.uint8)]), binary_data=binary)
+        return pixels
+    file = InferInput("image", [1], "BYTES")
+    file.set_data_from_numpy(np.array([data], object), binary_data=True)
+    replies = [await client.infer(url, InferRequest(infer_inputs=[each], model_name="toy", request_id="theirs"), model_name="toy") for each in (put(True), put(False), file)]
+    print(json.dumps({"alive": alive, "ids": [reply.id for reply in replies], "labels": [[str(label.decode() if isinstance(label, bytes) else label) for label in next(each for each in reply.outputs if each.name == "label").as_numpy()] for reply in replies]}))
+
+asyncio.run(main())
+"""
+
+
+def test_kserves_own_client(service, tmp_path):
+    "`InferenceRESTClient` asks who is there, and sends pixels, binary and in JSON, and files."
+    program = find_peer("kserve", "python")
+    (tmp_path/"photo").write_bytes(photograph("green"))
+    done = subprocess.run([program, "-c", KSERVE, service.url, tmp_path/"photo"], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"alive": [True]*3, "ids": ["theirs"]*3, "labels": [["red", "blue"], ["red", "blue"], ["green"]]}
 
 
 def test_a_compressed_request_is_refused_with_a_word(service):

@@ -285,7 +285,7 @@ def test_a_new_controller_knows_what_the_old_one_knew(tmp_path):
 
 def test_controllers_that_die_young_get_on_together(tmp_path):
     "Each lives for one look: what its predecessors saw in this step counts, and what was seen before it does not."
-    spec, log, rng, steps = RolloutSpec(step_seconds=0., step_pairs=40), tmp_path/"log", np.random.default_rng(9), []
+    spec, log, rng, steps = RolloutSpec(step_seconds=0., step_pairs=40, first_pairs=40), tmp_path/"log", np.random.default_rng(9), []
     RolloutFile(tmp_path/"rollout").start(ARMS[0], ARMS[1], "r1", (.05, .5))
     log.mkdir()
     time.sleep(1.1)     # the file's times are whole seconds

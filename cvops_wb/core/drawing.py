@@ -111,14 +111,15 @@ def draw_grid(
     from PIL import Image, ImageDraw
     line = 2 + 12*max((str(caption).count("\n") + 1 for caption in captions), default=0) if captions else 0
     rows = max(-(-len(images)//columns), 1)
-    sheet = Image.new("RGB", (min(columns, max(len(images), 1))*(side + 4), rows*(side + line + 4)), PAPER)
+    pictures = [fit_image(image, side) for image in images]
+    tall = max((picture.height for picture in pictures), default=side)      # pictures that are all wide leave no gaps
+    sheet = Image.new("RGB", (min(columns, max(len(images), 1))*(side + 4), rows*(tall + line + 4)), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for k, image in enumerate(images):
-        x, y = k % columns*(side + 4) + 2, k//columns*(side + line + 4) + 2
-        picture = fit_image(image, side)
-        sheet.paste(picture, (x + (side - picture.width)//2, y + (side - picture.height)//2))
+    for k, picture in enumerate(pictures):
+        x, y = k % columns*(side + 4) + 2, k//columns*(tall + line + 4) + 2
+        sheet.paste(picture, (x + (side - picture.width)//2, y + (tall - picture.height)//2))
         lines = str(captions[k]).splitlines() if captions else []
-        for number, text in enumerate(lines): pen.text((x, y + side + 1 + 12*number), fit_text(text, side), fill=colours[k] if colours else INK)
+        for number, text in enumerate(lines): pen.text((x, y + tall + 1 + 12*number), fit_text(text, side), fill=colours[k] if colours else INK)
     return sheet
 
 def fit_image(image: Any, side: int):

@@ -29,10 +29,10 @@ from .formats.objects import count_classes
 from .images import decode_image
 from .near.candidates import join_groups
 from .near.checks import NEAR, SCENE
-from .near.kept import THUMBS
+from .near.kept import THUMBS, recall_thumbs
 from .planting import is_synthetic, place_synthetic
 from .quality import QUALITY, flag_quality, measure_oddness
-from .splits import SPLITS, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
+from .splits import SPLITS, are_good, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
 from .store import read_blob, read_samples, write_samples
 from .versions.corrections import correct_labels
 from .versions.decisions import lay_tags, read_decisions
@@ -90,8 +90,9 @@ def group_samples(
     before: Mapping[str, str] | None = None,    # id → split
 ) -> pd.DataFrame:
     "The table with its groups, near duplicates and conflicts of labels."
-    links = pairs[["a", "b"]].itertuples(index=False, name=None)
-    first = join_groups(len(table), chain(links, link_bursts(table) if spec.bursts else ()))
+    bursts = list(link_bursts(table)) if spec.bursts else []
+    first = join_groups(len(table), chain(pairs[["a", "b"]].itertuples(index=False, name=None), bursts))
+    if are_good(table["label"]) and 2*np.bincount(np.unique(first, return_inverse=True)[1]).max() > len(table): first = join_groups(len(table), bursts)    # one product under one camera
     near = join_groups(len(table), pairs[pairs.likeness >= spec.likeness][["a", "b"]].itertuples(index=False, name=None))
     near = np.where(has_tag(table, "remove"), len(table) + np.arange(len(table)), near)     # what goes represents nobody
     said = (table["label"] != "") & (table["objects"] == "")     # a label that follows from objects may well differ between two of a kind
@@ -128,7 +129,7 @@ def split_samples(table: pd.DataFrame, spec: CurateSpec, before: Mapping[str, st
     "The table with its splits, and the strategy that was taken."
     check_labels(table)
     strategy = spec.strategy if spec.strategy != "auto" else "given" if has_split(table) else "grouped"
-    aside = is_aside(table) | (has_tag(table, "near_duplicate") & ~has_tag(table, "keep") & (strategy == "grouped") & (not spec.keep_duplicates))
+    aside = is_aside(table) | (has_tag(table, "near_duplicate") & ~has_tag(table, "keep") & (strategy == "grouped") & (not spec.keep_duplicates) & (not are_good(table["label"])))
     kept = table[~aside & ~is_synthetic(table)]     # what was made never decides how photographs are split
     if kept.empty: raise BadInput("all images were made, and a model cannot be judged by those", got=f"{len(table)} synthetic images", fix="cvops synth without --alone writes them beside a snapshot's own")
     split = split_given(kept, spec.val, spec.seed, before) if strategy == "given" else split_grouped(kept, spec.val, spec.test, spec.seed, before)
@@ -151,7 +152,9 @@ def curate(
     table = lay_tags(correct_labels(read_samples(batch.samples, settings), read_events(settings, "labels")), decisions)
     check_labels(table)
     pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene, spec.likeness, settings.cache/THUMBS)
-    table = add_tags(table, **flag_quality(table), synthetic=is_synthetic(table))
+    def look(places: np.ndarray) -> np.ndarray:
+        return recall_thumbs(settings.cache/THUMBS, table["sha256"].to_numpy()[places], lambda k: read_blob(table.iloc[places[k]], settings))
+    table = add_tags(table, **flag_quality(table, look), synthetic=is_synthetic(table))
     before = read_sides(find_before(batch, spec.before, settings), settings)
     table = lay_tags(group_samples(table, pairs, spec, before), decisions)      # also over what was found now
     check_classes(table, spec.min_images)

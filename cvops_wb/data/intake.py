@@ -24,6 +24,7 @@ from PIL import Image
 from ..core.drawing import draw_bars, draw_grid, write_picture
 from ..core.errors import BadImage, BadInput
 from ..core.files import hash_file, hash_value, human_size, write_atomic
+from ..core.kinds import KIND_NAMES
 from ..core.places import locate, name_final
 from ..core.progress import show_progress
 from ..core.records import Batch
@@ -31,6 +32,7 @@ from ..core.settings import Settings, load_settings
 from .formats import Item, Listing, explain_source, find_format
 from .formats.objects import count_classes
 from .images import decode_image, inspect_and_sketch
+from .splits import are_good
 from .store import Arrival, Store, commit, open_writer, read_blob, read_samples, stage, tabulate, write_samples
 
 # %% ../../nbs/api/data/03_intake.ipynb #c066b156
@@ -126,7 +128,7 @@ def list_warnings(batch: Batch) -> list[str]:
     "What a person should know of a batch before training on it; empty if all is well."
     labelled, single = sum(batch.classes.values()), sorted(label for label, count in batch.classes.items() if count == 1)
     checks = [
-        (len(batch.classes) == 1, f"only one class ({''.join(batch.classes)}): nothing can be learned from it"),
+        (len(batch.classes) == 1 and not are_good(batch.classes), f"only one class ({''.join(batch.classes)}): nothing can be learned from it, unless it is called good"),
         (len(single) > 0, f"{len(single)} class(es) with one image, which cannot be split: {', '.join(single[:5])}"),
         (labelled < batch.count, f"{batch.count - labelled:,} images have no label"),
         (batch.rejected > .1*(batch.count + batch.rejected), f"{batch.rejected:,} files were set aside, more than a tenth"),
@@ -189,7 +191,7 @@ def _name_origin(source: str) -> str:
 
 def _all_refused(source: str, rejected: list[Arrival]) -> BadInput:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(a.reason for a in rejected).most_common())
-    return BadInput("no file of the source can be used", got=f"{source}: {reasons}", fix="give JPEG, PNG or WebP images; the files are kept in the store's rejected/")
+    return BadInput("no file of the source can be used", got=f"{source}: {reasons}", fix=f"give {KIND_NAMES} images; the files are kept in the store's rejected/")
 
 def _write_rejected(rejected: list[Arrival], path: Path) -> None:
     columns = ["name", "reason", "detail", "size", "sha256"]

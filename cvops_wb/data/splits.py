@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ from .formats.objects import list_object_classes
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['SPLITS', 'draw_number', 'split_grouped', 'follow', 'check_labels', 'split_given', 'find_before', 'has_split',
-           'find_leaks', 'link_bursts']
+__all__ = ['SPLITS', 'GOOD', 'draw_number', 'are_good', 'check_labels', 'split_grouped', 'follow', 'split_given', 'find_before',
+           'has_split', 'find_leaks', 'link_bursts']
 
 # %% ../../nbs/api/data/12_splits.ipynb #5609ef79
 SPLITS = ("train", "val", "test")
@@ -32,6 +32,22 @@ def draw_number(
 ) -> float:
     "A number in 0…1 that depends on nothing else."
     return int.from_bytes(hashlib.sha256(f"{seed}:{group}".encode()).digest()[:6], "big")/2**48
+
+# %% ../../nbs/api/data/12_splits.ipynb #ee888170
+GOOD = frozenset({"good", "ok", "normal", "fine", "nothing", "defect-free"})
+
+def are_good(labels: Iterable[str]) -> bool:
+    "Whether some are labelled, and all of these as good."
+    named = {label.casefold() for label in labels} - {""}
+    return bool(named) and named <= GOOD
+
+def check_labels(table: pd.DataFrame) -> None:
+    "`BadInput` if there is but one class, and it is not called good."
+    if "objects" in table and list_object_classes(table["objects"]): return    # boxes are worth finding also where there is but one class
+    classes = sorted(set(table["label"]) - {""})
+    if len(classes) == 1 and not are_good(classes):
+        raise BadInput("there is only one class, and a classifier needs two", got=classes[0],
+                       fix="add a sub-folder of another class and ingest again; or, to find what differs from these, name the sub-folder good")
 
 # %% ../../nbs/api/data/12_splits.ipynb #32707942
 def split_grouped(
@@ -96,13 +112,6 @@ def _move_one(table: pd.DataFrame, split: pd.Series, numbers: pd.Series, new: pd
             split[inside] = name
             return True
     return False
-
-def check_labels(table: pd.DataFrame) -> None:
-    "`BadInput` if there is but one class; where nothing has a label yet, images are still worth looking through."
-    if "objects" in table and list_object_classes(table["objects"]): return    # boxes are worth finding also where there is but one class
-    classes = sorted(set(table["label"]) - {""})
-    if len(classes) == 1:
-        raise BadInput("there is only one class, and a classifier needs two", got=classes[0], fix="add a sub-folder of another class, ingest again")
 
 # %% ../../nbs/api/data/12_splits.ipynb #d5632861
 def split_given(

@@ -131,15 +131,17 @@ def take_split(
     table: pd.DataFrame,    # of samples
     split: str,             # train, val, test
     labelled: bool = True,  # leave out samples without a truth
-    truth: str = "label",   # the column that holds it; any: label or objects
+    truth: str = "label",   # the column that holds it; any: label or objects, and where nothing is labelled, all count as good
 ) -> pd.DataFrame:
     "The samples of a split; `BadInput` if there is none."
     known = sum(table[name] != "" for name in (("label", "objects") if truth == "any" else (truth,))) > 0
+    labelled = labelled and not (truth == "any" and not known.any())
     rows = table[(table["split"] == split) & (known | (not labelled))]
     if len(rows): return rows.reset_index(drop=True)
     counts = table["split"].value_counts().to_dict()
-    raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}",
-                   fix="curate again with a larger share for it (`cvops curate -p val=0.2`), and take a new snapshot")
+    fix = ("curate again with a larger share for it (`cvops curate -p val=0.2`), and take a new snapshot" if known.any() else
+           "nothing is labelled for this task yet: ingest sub-folders a class or a CSV of path,label, or write labels with `cvops relabel`, and take a new snapshot; where all are good ones, and what differs shall be found: cvops train -p task=anomaly")
+    raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}", fix=fix)
 
 def check_classes(rows: pd.DataFrame, split: str = "train") -> int:
     "How many classes the rows hold; `BadInput` if fewer than two."

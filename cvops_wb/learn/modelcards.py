@@ -100,6 +100,9 @@ def list_limits(e: Evaluation, classes: Sequence[str], card: Card) -> list[str]:
     return [*weak, *([f"{len(unseen)} classes had no image to be judged on: {', '.join(unseen[:10])}"] if unseen else []),
             *([f"{leaked:.0f} of {e.count} test images have near duplicates in train: the numbers flatter"] if leaked else []),
             *(["judged on `val`, which the training watched: the numbers flatter a little"] if e.split == "val" else []),
+            *(["no bad image was at hand: what it finds was measured on good ones that were damaged on purpose, which promises nothing of real defects"]
+              if e.main_metric.startswith("planted_") else []),
+            "it says how far an image is from the good ones that it knows, and not what is wrong with it" if e.task == "anomaly" else
             f"it answers for every image with one of its {len(classes)} classes, also for what is none of them" if e.main_metric == "accuracy" else
             f"it knows {len(classes)} classes and nothing else", *([card.limits] if card.limits else [])]
 

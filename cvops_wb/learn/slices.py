@@ -148,8 +148,9 @@ def draw_slices(evaluation: Evaluation, most: int = 40) -> Any:
         axes.plot(row["value"], k, "o", color=colour, markersize=4)
     axes.axvline(evaluation.metrics.get(evaluation.main_metric, 0), color=INK if rows else LINE, linewidth=.8)
     axes.set_yticks(range(len(rows)), [f"{shorten(row['slice'], 34)} ({row['count']})" for row in reversed(rows)], fontsize=7)
+    if not rows: axes.set_yticks([])
     left = f"; the weakest {most} of" if len(evaluation.slices) > most else ","
-    axes.set(title=f"{evaluation.main_metric.replace('_', ' ')} by slice{left} {len(evaluation.slices)} slices, orange: weak", xlim=(0, 1.005))
+    axes.set(title=f"{evaluation.main_metric.replace('_', ' ')} by slice{left} {len(evaluation.slices)} slices, orange: weak" if rows else "no slice can be measured", xlim=(0, 1.005))
     axes.grid(False, axis="y")
     return figure
 

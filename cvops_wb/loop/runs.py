@@ -81,7 +81,7 @@ def find_log(settings: Settings, value: str = "") -> str:
 
 # %% ../../nbs/api/loop/03_runs.ipynb #c02f8315
 def _describe_evaluation(r: Any) -> str:
-    metric = next(iter(r.intervals), next(iter(r.metrics), ""))
+    metric = r.main_metric if r.main_metric in r.metrics else next(iter(r.intervals), next(iter(r.metrics), ""))
     interval = " [{:.3f}, {:.3f}]".format(*r.intervals[metric]) if metric in r.intervals else ""
     leaked, free = r.metrics.get("count_unleaked", r.count) < r.count, r.metrics.get(f"{metric}_unleaked")
     unleaked = f"; {free:.3f} without near-duplicates of train" if leaked and free is not None else ""
@@ -116,7 +116,7 @@ DESCRIPTIONS = {
     "Batch": lambda r: f"{r.count:,} images, {_classes(r.classes)}, {r.new:,} new, {r.rejected:,} set aside",
     "Selection": _describe_selection,
     "View": lambda r: f"{r.count:,} images in FiftyOne as {r.dataset!r}",
-    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shards" + (", pushed" if r.pushed else ""),
+    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shard{'s'*(len(r.shards) != 1)}" + (", pushed" if r.pushed else ""),
     "Candidate": _describe_candidate,
     "Contest": lambda r: "; ".join(f"{p['a']} less {p['b']} {p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]: {p['verdict']}" for p in r.pairs),
     "Evaluation": _describe_evaluation, "ModelVersion": _describe_version,

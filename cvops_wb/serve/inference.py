@@ -8,15 +8,18 @@ __all__ = ['PROVIDERS', 'BRINGS', 'Said', 'READERS', 'FIRST', 'open_session', 'c
            'Classifier', 'open_onnx']
 
 # %% ../../nbs/api/serve/02_inference.ipynb #7db15fc4
+import base64
 import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from ..core.kinds import KINDS
 from ..core.errors import BadImage, MissingTool, UnknownName, needs
 from .verification import VerifiedModel, spoilt
 
@@ -128,7 +131,11 @@ def read_heat(heat: np.ndarray, model: VerifiedModel, width: int, height: int) -
     q = float(np.clip(p, 1e-9, 1 - 1e-9))
     told = [{"label": model.classes[1], "score": round(float(scaled[part].max()), 6), "box": np.round(_frame(part)*grow, 2).tolist()} for part in find_regions(scaled >= .5)]
     said = model.classes[int(p >= .5)], max(p, 1 - p), np.array([1 - p, p], np.float32), float(-(q*np.log2(q) + (1 - q)*np.log2(1 - q)))
-    return *said, {"objects": sorted(told, key=lambda each: -each["score"])}
+    return *said, {"objects": sorted(told, key=lambda each: -each["score"]), "heat": {"size": len(heat), "levels": _pack_levels(scaled)}}
+
+def _pack_levels(scaled: np.ndarray) -> str:
+    "A map of 0…1 as bytes, row by row, in Base64; 128 is one half."
+    return base64.b64encode(np.clip(np.floor(scaled*256), 0, 255).astype(np.uint8).tobytes()).decode()
 
 def find_regions(hot: np.ndarray) -> list[np.ndarray]:
     "Masks of the connected regions of a mask (H, W); corners connect."
@@ -160,6 +167,8 @@ class Classifier:
         provider: str = "cpu",          # cpu, cuda, tensorrt, openvino
     ):
         self.model, self.max_bytes, self.max_megapixels = model, max_bytes, max_megapixels
+        from cvops_wb.data import decode_image, load_image, measure_image, resize_image     # one lookup, and not one an image
+        self.decode, self.load, self.measure, self.resize = decode_image, load_image, measure_image, resize_image
         self.session, self.task = open_onnx(model, threads, provider), model.card.get("task", "classification")
         self.warm()
 
@@ -169,13 +178,23 @@ class Classifier:
         measured: bool = True,      # its light, contrast and the rest as well
     ) -> Answer:
         "The answer to one image; `BadImage` with a reason."
-        from cvops_wb.data import decode_image, measure_image, resize_image
-        image = decode_image(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
+        return self.look(data, measured=measured)[0]
+
+    def look(
+        self,
+        data: bytes | np.ndarray,
+        opened: Any = None,         # the same image, its header read already
+        measured: bool = False,     # before the network runs: it leaves the image's pixels in no cache
+    ) -> tuple[Answer, Any]:
+        "The answer to one image, and the image, so that it can be measured later; `BadImage` with a reason."
+        if opened is not None: image = self.load(opened)
+        else: image = self.decode(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
+        pixels, facts = self.resize(image, self.model.size), self.measure(image) if measured else {}
+        raw, embedding = self.ask(pixels)
         data = data if isinstance(data, bytes) else data.tobytes()
-        raw, embedding = self.ask(resize_image(image, self.model.size))
-        facts = {**(measure_image(image) if measured else {}), "width": image.width, "height": image.height, "bytes": len(data)}
         said = READERS[self.task](raw, self.model, image.width, image.height)
-        return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4])
+        facts |= {"width": image.width, "height": image.height, "bytes": len(data)}
+        return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4]), image
 
     def wrap(self, pixels: np.ndarray) -> Any:
         "Pixels as an image; `BadImage` if they are too many."
@@ -184,12 +203,18 @@ class Classifier:
         return Image.fromarray(np.ascontiguousarray(pixels))
 
     def warm(self) -> None:
-        "The first image loads codecs and allocates: that shall not happen in a request."
+        "The first image loads codecs and allocates: that shall not happen in a request. Then take the time of the network alone."
         from PIL import Image
-        for kind in ("PNG", "WEBP", "JPEG"):
+        for kind in reversed(KINDS):     # the commonest last
             out = io.BytesIO()
-            Image.new("RGB", (64, 64)).save(out, kind)
+            Image.new("RGB", (64, 64)).save(out, kind.name)
             self.predict(out.getvalue())
+        blank, times = np.zeros((self.model.size, self.model.size, 3), np.uint8), []
+        while len(times) < 5 and sum(times) < .1:
+            begin = perf_counter()
+            self.ask(blank)
+            times.append(perf_counter() - begin)
+        self.seconds = min(times)
 
     def ask(
         self,

@@ -178,7 +178,7 @@ def make_environment(settings: Settings, given: Settings, folder: Path, log: Pat
     serving = {f"CVOPS_SERVE_{name.upper()}": str(value) for name, value in asdict(replace(own, database="")).items()}     # a worker needs none
     return {**QUIET, **serving, "CVOPS_PREDICTIONS": str(log), "CVOPS_MODELS": str(settings.root),
             "CVOPS_ROLLOUT": str(settings.store/"rollout"), "CVOPS_FEEDBACK": str(settings.store/"feedback"), "CVOPS_KEPT": str(settings.store/"kept"), "PYTHONPATH": str(folder/"src"), "PROMETHEUS_MULTIPROC_DIR": scratch,
-            "PYTHONPYCACHEPREFIX": str(settings.cache/"pycache"), "BENTOML_HOME": str(settings.cache/"bentoml")}
+            "PYTHONDONTWRITEBYTECODE": "1", "BENTOML_HOME": str(settings.cache/"bentoml")}
 
 # %% ../../nbs/api/serve/08_launching.ipynb #567ad5fe
 @dataclass(frozen=True)

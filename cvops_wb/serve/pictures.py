@@ -78,6 +78,7 @@ class Pictures:
     def __init__(self, folder: Path, settings: Serve):
         self.folder, self.settings, self.written, self.masks = Path(folder), settings, 0, read_masks(settings.masks)
         self.line: queue.Queue = queue.Queue(WAITING)
+        self.known: set[str] = set()    # that were in line a moment ago
         self.thread = Thread(target=self._work, name="pictures", daemon=True)
         self.thread.start()
 
@@ -86,8 +87,12 @@ class Pictures:
         headers = headers or {}
         if not is_wanted(sample, confidence, self.settings, headers.get("x-keep", "")): return False
         camera = headers.get("x-camera", "").encode("latin-1", "replace").decode("utf-8", "replace")
-        try: self.line.put_nowait((sample, data, (*boxes, *self.masks.get(camera, ()), *self.masks.get("*", ()))))
+        boxes = (*boxes, *self.masks.get(camera, ()), *self.masks.get("*", ()))
+        if not boxes and sample in self.known: return True      # a moment ago: nobody needs to wake
+        try: self.line.put_nowait((sample, data, boxes))
         except queue.Full: return False
+        if len(self.known) >= ROUND: self.known.clear()
+        if not boxes: self.known.add(sample)
         return True
 
     def close(self) -> None:

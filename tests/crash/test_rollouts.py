@@ -98,6 +98,12 @@ def judge_file(file):
     return state, events
 
 
+def wait_for_work(file, before, seconds=20.):
+    "Until a controller has written something, or the time is over."
+    end = time.monotonic() + seconds
+    while (file.read().lease, file.read().number) == (before.lease, before.number) and time.monotonic() < end: time.sleep(.01)
+
+
 def kill_controllers(root, log, url, arms, kills, rng, lease=1.):  # noqa: F811
     "Kill controllers at any moment of one rollout after the other; each tenth time wait until the lease is over and look who answers."
     file, spec, told = RolloutFile(root/"rollout"), RolloutSpec(step_seconds=.1, step_pairs=12, hold=.5, error_margin=.2, wrong_margin=.2, latency_margin=3.), {"rollouts": 0, "fallbacks": 0, "at work": 0}
@@ -109,6 +115,7 @@ def kill_controllers(root, log, url, arms, kills, rng, lease=1.):  # noqa: F811
                 file.start(champion, arms[0] if champion == arms[1] else arms[1], f"r{k}", (.25, .5))
                 told["rollouts"] += 1
             before, child = file.read(), start_controller(root/"rollout", log, spec, lease)
+            if k % 2: wait_for_work(file, before)       # every other one is not killed before it has begun, however busy the machine is
             time.sleep(.02 + rng.random()*.5)
             kill(child)
             state, _ = judge_file(file)

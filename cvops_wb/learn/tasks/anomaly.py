@@ -14,7 +14,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageFilter
 
-from . import GOOD, TASKS, Task, find_good, list_labels
+from ...data import are_good
+from . import TASKS, Task, find_good, list_labels
+from .blemishes import plant_blemishes, shrink
 from .segmentation import read_mask
 
 # %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #7c4a9001
@@ -30,7 +32,7 @@ def read_truth(
 
 def _read_one(label: str, objects: str, width: int, height: int, good: str, side: int) -> np.ndarray:
     if objects and objects != "[]": return (read_mask(objects, [*list_labels([objects]), ""], side, width, height) > 0).astype(np.int8)
-    return np.full((side, side), 0 if label in ("", good, *GOOD) else -1, np.int8)
+    return np.full((side, side), 0 if label in ("", good) or are_good([label]) else -1, np.int8)
 
 # %% ../../../nbs/api/learn/tasks/07_anomaly.ipynb #cc559740
 def measure_auroc(
@@ -132,7 +134,7 @@ class Anomaly(Task):
     def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
         "What is good, and one word for all that is not."
         good = find_good(table)
-        others = sorted(set(table["label"]) - {"", good, *GOOD})
+        others = sorted(name for name in set(table["label"]) - {"", good} if not are_good([name]))
         return [good, others[0] if len(others) == 1 else "defect"]
 
     def to_targets(self, rows: pd.DataFrame, classes: Sequence[str], size: int = 0) -> np.ndarray:
@@ -161,6 +163,19 @@ class Anomaly(Task):
     def name_truth(self, rows: pd.DataFrame, classes: Sequence[str]) -> Sequence[str]:
         "The truth in the two words of the task."
         return np.where((self.to_targets(rows, classes) != 0).any((1, 2)), classes[1], classes[0]).astype(object)
+
+    def say(self, right: float, scores: np.ndarray) -> str:
+        "How strange the image is, and whether that is wrong."
+        return f"{float(scores.max()):.2f}" + ("" if right else ", wrong")
+
+    def is_one_sided(self, targets: np.ndarray) -> bool:
+        "Whether all are good."
+        return not (targets != 0).any()
+
+    def damage(self, images: np.ndarray, targets: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        "Good images with blemishes of our own, and where these are."
+        spoilt, places = plant_blemishes(images, seed)
+        return spoilt, shrink(places, targets.shape[1])
 
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
         "An image with the truth's outline, and under its heat."

@@ -50,5 +50,4 @@ def draw_found(candidate: Candidate, model: Model, most: int = 12, seed: int = 0
     scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature, rows, model.size)
     targets, photos = task.to_targets(rows, model.classes, model.size), read_photos(settings, candidate.snapshot, rows["id"])
     pictures = [task.draw(photo, true, found, model.classes) for photo, true, found in zip(photos, targets, scores, strict=True)]
-    captions = [f"F1 {value:.2f}" if task.main_metric.startswith("map") else f"{value:.2f}" for value in task.rate(scores, targets)]
-    return draw_grid(pictures, captions, columns=4, side=320)
+    return draw_grid(pictures, [task.say(value, one) for value, one in zip(task.rate(scores, targets), scores, strict=True)], columns=4, side=320)

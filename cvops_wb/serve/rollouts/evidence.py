@@ -30,7 +30,7 @@ class RolloutSpec:
     mix_margin: float = .15         # more of the challenger's favourite answer
     differ_limit: float = .4        # of its answers that differ from the champion's to the same image, in the shadow
     step_pairs: int = 40            # in each step, at least
-    first_pairs: int = 120          # before it gets more than a hundredth of the callers
+    first_pairs: int = 120          # in the first, where that is less than a quarter of the callers
     step_seconds: float = 30.       # likewise
     deadline: float = 7200.         # seconds; what is not proven by then is not promoted
     hold: float = 300.              # seconds that the old champion stays at hand
@@ -209,7 +209,7 @@ def decide(
     if state.phase != RUNNING: return Decision("wait")
     why = evidence.accuse()
     if why: return Decision("abort", why)
-    enough = pairs >= (max(spec.step_pairs, spec.first_pairs) if 0 < state.share <= .01 else spec.step_pairs)
+    enough = pairs >= (max(spec.step_pairs, spec.first_pairs) if state.step == 0 and 0 < state.share < .25 else spec.step_pairs)
     last, open_questions = state.step == len(state.steps) - 1 and not state.shadow, evidence.open
     if last and not open_questions and enough: return Decision("promote", f"{' and '.join(evidence.needed)} shown to be no worse after {evidence.pairs:,} pairs")
     if elapsed >= spec.deadline: return Decision("abort", f"inconclusive at the deadline: {', '.join(open_questions) or 'too few answers'}")

@@ -42,11 +42,11 @@ def measure_saliency(
 # %% ../../../nbs/api/serve/service/04_saliency.ipynb #bb98d96c
 MOST = 640      # pixels of the longer side of the picture
 
-def draw_saliency(image: Image.Image, found: np.ndarray) -> Image.Image:
-    "The image in grey, with what carries the score in colour."
+def draw_saliency(image: Image.Image, found: np.ndarray, full: float = 0.) -> Image.Image:
+    "The image in grey, with what carries the score in colour; full colour from `full` on, by itself from the highest."
     image = image.copy()
     image.thumbnail((MOST, MOST))
-    share = np.clip(found, 0, None)/max(float(found.max()), 1e-9)
+    share = np.clip(found, 0, full or None)/(full or max(float(found.max()), 1e-9))
     smooth = np.asarray(Image.fromarray((share*255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None]/255
     colour, grey = np.asarray(image, np.float32), np.asarray(image.convert("L"), np.float32)[..., None]
     tint = np.array([230., 90., 0.])        # vermilion, which is told from grey by every eye
@@ -63,6 +63,10 @@ def explain_answer(
     image, model = decode_image(data, engine.max_bytes, engine.max_megapixels), engine.model
     if label and label not in model.classes: raise BadRequest(400, "no_label", "the model has no such class", "GET /v1/models lists the classes")
     pixels = resize_image(image, model.size)
+    if engine.task == "anomaly":    # its heat is the reason, on a scale that all images share: nothing below half the threshold
+        heat = engine.ask(pixels)[0]
+        scaled = heat/(heat + model.temperature)
+        return draw_saliency(image, scaled - 1/3, 1/3), model.classes[int(scaled.max() >= .5)]
     def read(pixels: np.ndarray) -> np.ndarray: return READERS[engine.task](engine.ask(pixels)[0], model, image.width, image.height)[2]
     place = model.classes.index(label) if label else int(read(pixels).argmax())
     return draw_saliency(image, measure_saliency(pixels, lambda pixels: float(read(pixels)[place]))), model.classes[place]
@@ -72,4 +76,4 @@ def reply_saliency(engine: Any, version: int, data: bytes, request: Request) -> 
     picture, label = explain_answer(engine, data, request.query.get("label", [""])[-1])
     out = io.BytesIO()
     picture.save(out, "PNG")
-    return Reply(200, out.getvalue(), b"image/png", {"x-label": quote(label), "x-version": str(version), "x-method": "occlusion"})
+    return Reply(200, out.getvalue(), b"image/png", {"x-label": quote(label), "x-version": str(version), "x-method": "heat" if engine.task == "anomaly" else "occlusion"})

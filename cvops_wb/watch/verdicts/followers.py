@@ -64,7 +64,7 @@ class Follower:
         self.done.add(stem.name)
 
     def _read(self, stem: Path, notes: list[str]) -> pd.DataFrame:
-        try: rows = read_segment(stem).to_pandas()
+        try: rows = read_segment(stem, settled=True).to_pandas()
         except BadRecord as e:
             notes.append(f"{e.what}: {stem.name}")
             self._skip(stem)
@@ -84,6 +84,7 @@ class Follower:
         self.seen = np.concatenate([self.seen, hashes[~again]])[-REMEMBERED:]
         if again.any(): notes.append(f"{again.sum():,} rows came twice and were left out")
         rows, failed = rows[~again], rows.loc[~again, "failed"].fillna(0).to_numpy() > 0 if "failed" in rows else np.zeros((~again).sum(), bool)
+        if "phash" in rows and rows["phash"].notna().any(): failed |= rows["phash"].isna().to_numpy()   # its process died before the image was measured
         return rows[(rows["version"] == self.version).to_numpy() & ~failed].reset_index(drop=True)
 
 def _say_time(milliseconds: int) -> str: return f"{pd.Timestamp(int(milliseconds), unit='ms'):%Y-%m-%d %H:%M}"
