@@ -118,7 +118,7 @@ class Rollout:
     mix_margin: float = .15         # more of the challenger's favourite answer, as a share
     differ_limit: float = .4        # of its answers to the same images that differ, in the shadow
     step_pairs: int = 40            # pairs of answers in each step, at least
-    first_pairs: int = 120          # before it gets more than a hundredth of the callers
+    first_pairs: int = 120          # in the first, where that is less than a quarter of the callers
     step_seconds: float = 30.       # likewise
     deadline: float = 7200.         # seconds; what is not proven by then is not promoted
     hold: float = 300.              # seconds that the old champion stays at hand
