@@ -1,4 +1,5 @@
 "Evidently's page: mended, safe, self-contained, and drawn."
+import importlib
 import json
 
 import pytest
@@ -202,9 +203,9 @@ def test_the_workspace_of_evidentlys_own_pages_keeps_each_look(workbench):
     columns, folder = ["brightness", "confidence"], workbench.root/"evidently"
     run = run_evidently(make_window(120, seed=1)[columns], make_window(120, seed=2, darker=.4)[columns], columns, .01, .3)
     for look in range(2): keep_run(run, folder, f"shop 1: look {look}")
-    with quick_imports(): from evidently.ui.workspace import Workspace
-    project, = Workspace.create(str(folder)).list_projects()
-    assert project.name == "shop 1" and len(Workspace.create(str(folder)).list_runs(project.id)) == 2
+    with quick_imports(): workspace = importlib.import_module("evidently.ui.workspace").Workspace.create(str(folder))
+    project, = workspace.list_projects()
+    assert project.name == "shop 1" and len(workspace.list_runs(project.id)) == 2
     texts = [path.read_text() for path in folder.rglob("snapshots/*.json")]
     assert len(texts) == 2 and all("brightness" in text and '"bdata"' not in text for text in texts)
 
