@@ -1,11 +1,15 @@
 """Near duplicates beside imagededup and imagehash: images a second, recall, precision, and growth.
 
-    python bench/dedup.py [--quick] [--json FILE] [--files N] [--runs N] [--photos DIR]
+    python bench/dedup.py [--quick] [--json FILE] [--files N] [--runs N] [--photos DIR] [--keep DIR] [--part PART,PART]
 
 The files are made here from the shared grocery photographs: each with three weak changes (resize, recompress, brightness) and
 five strong ones (crop of 5 to 25 % a side, flip, quarter turn, 2 to 10 degrees, a stamp on 12 to 25 % of each side). Every side starts
 from the files and ends with pairs. A change is recalled when its group holds the original; precision is of pairs. Originals that are a
 burst of one product count as errors of all sides. Peers come from `make bench-peers` and run in turn with us, on the same cores.
+FiftyOne's Brain stands in the workbench's own environment. It is given our hand-made features (344 numbers an image; the networks that it would fetch cannot be had
+here), drawn in two threads; its time is that of embedding and of looking for near duplicates, without its import, its database's start and the adding of samples.
+It is asked at its own threshold and, with the truth in view, at the one that recalls most at a precision of 0.99: a favour that no other side gets.
+The parts (each side's name, `large`, `growth`) can run one by one on the same files, if `--keep` names a folder for them.
 The ideal is the fastest decoder that we have, OpenCV's, reading the same files at the same reduced scale and doing nothing else, in as many
 threads. Compiling our kernels, once a machine, is left out of the rates and stands in a row of its own.
 """
@@ -17,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +52,37 @@ else:
     pairs = sorted({tuple(sorted((a, b))) for a, others in found.items() for b in others})
 print(json.dumps({"seconds": time.perf_counter() - start, "pairs": pairs}))
 '''
+
+BRAIN = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+from cvops_wb.data.looks.embeddings import describe_thumbs
+from cvops_wb.data.near.thumbs import draw_thumbs
+from cvops_wb.data.views import open_fiftyone
+paths = sorted(Path(sys.argv[1]).glob("*.jpg"))
+describe_thumbs(draw_thumbs(8, lambda k: paths[k].read_bytes()))
+start = time.perf_counter()
+points = describe_thumbs(draw_thumbs(len(paths), lambda k: paths[k].read_bytes()))
+embedded = time.perf_counter() - start
+with open_fiftyone() as fo:
+    import fiftyone.brain as brain
+    start = time.perf_counter()
+    data = fo.Dataset("bench")
+    data.add_samples([fo.Sample(filepath=str(path)) for path in paths], progress=False)
+    added, names = time.perf_counter() - start, dict(zip(data.values("id"), (path.name for path in paths)))
+    start = time.perf_counter()
+    exact = brain.compute_exact_duplicates(data, progress=False)
+    hashed = time.perf_counter() - start
+    found, seconds = {}, {}
+    start = time.perf_counter()
+    index = brain.compute_near_duplicates(data, embeddings=points, progress=False)
+    for threshold in (.2, .35, .3, .25, .15, .1, .07, .05, .03, .02):
+        if threshold != .2: start = time.perf_counter(); index.find_duplicates(thresh=threshold)
+        seconds[threshold] = time.perf_counter() - start
+        found[threshold] = sorted({tuple(sorted((names[a], names[b]))) for a, others in index.neighbors_map.items() for b, _ in others})
+    print(json.dumps({"embedded": embedded, "added": added, "hashed": hashed, "exact": len(exact), "seconds": seconds, "pairs": found}))
+"""
 
 
 def cut(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -121,6 +157,34 @@ def run_peer(python: Path, method: str, folder: Path) -> tuple[float, list[tuple
     return reply["seconds"], [tuple(pair) for pair in reply["pairs"]]
 
 
+def run_brain(folder: Path) -> dict:
+    "Seconds of each step, and the pairs at each threshold, of FiftyOne's Brain in a process and a workbench of its own."
+    with TemporaryDirectory() as place:
+        (Path(place)/"settings.ini").write_text("")
+        done = subprocess.run([sys.executable, "-c", BRAIN, folder], capture_output=True, text=True, check=True, cwd=place, env={**os.environ, "PYTHONPATH": str(REPO)})
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def compare_brain(folder: Path, runs: int) -> list[dict]:
+    "FiftyOne's Brain beside us, in turn, on one folder."
+    paths, ours, theirs = sorted(folder.glob("*.jpg")), [], []
+    run_ours(paths[:64])
+    for _ in range(runs):
+        ours.append(run_ours(paths))
+        theirs.append(run_brain(folder))
+    names, last = [p.name for p in paths], theirs[-1]
+    mine, at = judge(ours[-1][1], names), {float(t): judge([tuple(pair) for pair in pairs], names) for t, pairs in last["pairs"].items()}
+    exact = f"{last['exact']} exact duplicates in {last['hashed']:.1f} s (there are none), samples added in {last['added']:.1f} s, embedded in {last['embedded']:.1f} s"
+    good, rows = [t for t in at if at[t]["precision"] >= .99], []
+    for t, name in ((.2, "its own threshold"), (max(good, key=lambda t: at[t]["weak"] + at[t]["strong"], default=None), "the best one")):
+        if t is None: rows.append(row("no threshold gives it a precision of 0.99", 0)); continue
+        fast, slow = min(took for took, _ in ours), min(told["embedded"] + told["seconds"]["0.2"] for told in theirs)
+        rows.append(row("images/s", len(paths)/fast, len(paths)/slow, f"FiftyOne Brain, {name}, {t:g}", slow/fast, "", None, runs, f"{len(paths)} files; {exact}"))
+        rows += [row(what, mine[key], at[t][key], f"FiftyOne Brain, {name}, {t:g}", mine[key]/max(at[t][key], 1e-9), ">= peer", mine[key] >= at[t][key])
+                 for what, key in (("recall, weak changes", "weak"), ("recall, strong changes", "strong"), ("precision", "precision"))]
+    return rows
+
+
 def judge(pairs: list[tuple[str, str]], names: list[str]) -> dict[str, float]:
     "Precision of pairs, and recall of weak and of strong changes: is each in the group of its original?"
     from cvops_wb.data.near.candidates import join_groups
@@ -139,9 +203,12 @@ def row(measure: str, ours: float, peer: float | None = None, name: str = "", ra
     return {"measure": measure, "ours": clean[0], "peer": clean[1], "peer_name": name, "ratio": clean[2], "goal": goal, "met": None if met is None else bool(met), "runs": runs, "note": note}
 
 
-def compare(folder: Path, runs: int, python: Path) -> list[dict]:
+SIDES = ("PHash", "DHash", "imagehash")
+
+
+def compare(folder: Path, runs: int, python: Path, chosen: set[str]) -> list[dict]:
     "Rates, recall and precision on one folder, every side in turn."
-    paths, sides = sorted(folder.glob("*.jpg")), ["PHash", "DHash", "imagehash"] if python.exists() else []
+    paths, sides = sorted(folder.glob("*.jpg")), [side for side in SIDES if side in chosen and python.exists()]
     seconds, found = {}, {}
     warm, _ = run_ours(paths[:64])
     for _ in range(runs):
@@ -163,7 +230,7 @@ def compare(folder: Path, runs: int, python: Path) -> list[dict]:
     rows.append(row("recall, strong changes", mine["strong"], goal=">= 0.75 at precision >= 0.99", met=mine["strong"] >= .75 and mine["precision"] >= .99,
                     note=", ".join(f"{kind} {mine[kind]:.2f}" for kind in STRONG)))
     rows.append(row("precision", mine["precision"], goal=">= 0.99", met=mine["precision"] >= .99))
-    return rows if sides else [*rows, row("peers", 0, note="not installed: make bench-peers")]
+    return rows if python.exists() else [*rows, row("peers", 0, note="not installed: make bench-peers")]
 
 
 def rate_large(folder: Path, runs: int) -> dict:
@@ -204,6 +271,21 @@ def measure_growth(counts: list[int]) -> list[dict]:
     return rows
 
 
+PARTS = ("ours", *SIDES, "brain", "large", "growth")
+
+
+def open_files(place: Path, name: str, *made: object) -> Callable[[], Path]:
+    "Gives the folder of these files, which are made when they are first asked for."
+    def find() -> Path:
+        folder = place/f"{name}-{made[1]}"
+        if not folder.is_dir():
+            (part := place/f"{folder.name}.part").mkdir(parents=True)
+            make_files(made[0], part, *made[1:])
+            part.rename(folder)
+        return folder
+    return find
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -211,16 +293,21 @@ def main() -> None:
     parser.add_argument("--files", type=int)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--photos", type=Path, default=PHOTOS)
+    parser.add_argument("--keep", type=Path, help="a folder for the files, made where they are missing")
+    parser.add_argument("--part", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--peer", type=Path, default=REPO/".cvops"/"peers"/"dedup"/"bin"/"python", help="a Python that has imagededup and imagehash")
     options = parser.parse_args()
     sys.path.insert(0, str(REPO))
     count = options.files or (600 if options.quick else 10_000)
-    with TemporaryDirectory() as small, TemporaryDirectory() as large:
-        make_files(options.photos, Path(small), count)
-        make_files(options.photos, Path(large), 90 if options.quick else 270, 2_000_000)
-        rows = compare(Path(small), 1 if options.quick else options.runs, options.peer)
-        rows.append(rate_large(Path(large), 3))
-    rows += measure_growth([10_000, 100_000] if options.quick else [10_000, 100_000, 1_000_000])
+    parts = set(options.part.split(","))
+    if unknown := parts - {*PARTS}: parser.error(f"unknown part: {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    rows, runs = [], 1 if options.quick else options.runs
+    with TemporaryDirectory() as place:
+        small, large = (open_files(options.keep or Path(place), name, options.photos, *size) for name, size in (("small", (count,)), ("large", (90 if options.quick else 270, 2_000_000))))
+        if parts & {"ours", *SIDES}: rows += compare(small(), runs, options.peer, parts)
+        if "brain" in parts: rows += compare_brain(small(), min(runs, 2))
+        if "large" in parts: rows.append(rate_large(large(), 3))
+    if "growth" in parts: rows += measure_growth([10_000, 100_000] if options.quick else [10_000, 100_000, 1_000_000])
     print("| measure | ours | peer | | ratio | goal | met | note |\n|---|---|---|---|---|---|---|---|")
     for r in rows: print("|", " | ".join("" if v is None else str(v) for v in (r[k] for k in ("measure", "ours", "peer", "peer_name", "ratio", "goal", "met", "note"))), "|")
     if options.json: options.json.write_text(json.dumps(rows, indent=1) + "\n")

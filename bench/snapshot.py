@@ -93,40 +93,50 @@ def measure_disk(*folders: Path) -> int:
     return sum(seen.values())
 
 
-def measure(root: Path, count: int, links: bool) -> list[dict]:
-    "All rows, ours and DVC's in turn."
-    images, ours, plain = root/"images", root/"ours", root/"plain"
+def prepare(root: Path, count: int) -> None:
+    "Images made and taken in, splits and labels given; the seconds of the ingest."
+    images, ours = root/"images", root/"ours"
     make_images(images, count)
+    ours.mkdir()
+    shutil.copy(REPO/"settings.ini", ours)
+    seconds = run_ours(ours, INGEST, str(images))
+    run_ours(ours, CURATE)
+    (root/"ingest.json").write_text(json.dumps({"seconds": seconds}))
+
+
+def measure(root: Path, links: bool) -> list[dict]:
+    "All rows, ours and DVC's in turn; the two that are judged, and the empty calls, right after each other."
+    images, ours, plain = root/"images", root/"ours", root/"plain"
     plain.mkdir()
     shutil.copytree(images, plain/"images")
     run_dvc(plain, "init", "--no-scm", "-q")
     if links: run_dvc(plain, "config", "cache.type", "hardlink,copy")
     (plain/"empty").write_text("")
-    ours.mkdir()
-    shutil.copy(REPO/"settings.ini", ours)
-    size = sum(p.stat().st_size for p in images.rglob("*.jpg"))
-    empty = statistics.median(run_dvc(plain, "add", "empty") for _ in range(3))
-    os.sync()
-    ingest_first = run_ours(ours, INGEST, str(images))
-    run_ours(ours, CURATE)
+    files = [p.stat().st_size for p in images.rglob("*.jpg")]
+    size, count, ingest_first = sum(files), len(files), json.loads((root/"ingest.json").read_text())["seconds"]
     os.sync()   # what is left is not what ingest acknowledged
+    empty = [run_dvc(plain, "add", "empty") for _ in range(2)]
     first_ours, first_plain = run_ours(ours, SNAPSHOT), run_dvc(plain, "add", "images")
+    load = os.getloadavg()[1]
     version = (ours/"data"/"current").read_text().strip()
-    status = [(run_ours(ours, STATUS), run_dvc(plain, "status")) for _ in range(3)]
+    status_first = run_ours(ours, STATUS)
     make_images(root/"more", max(count//100, 1), seed=1)
-    # DVC's files are links to its cache: new ones go beside them
-    shutil.copytree(root/"more", plain/"images", dirs_exist_ok=True)
-    shutil.copy(plain/"images.dvc", plain/"first.txt")
     ingest_added = run_ours(ours, INGEST, str(root/"more"))
     run_ours(ours, CURATE)
     os.sync()
-    added_ours, added_plain = run_ours(ours, SNAPSHOT), run_dvc(plain, "add", "images")
+    added_ours = run_ours(ours, SNAPSHOT)
+    empty += [run_dvc(plain, "add", "empty") for _ in range(2)]
+    status = [(status_first if k == 0 else run_ours(ours, STATUS), run_dvc(plain, "status")) for k in range(3)]
+    # DVC's files are links to its cache: new ones go beside them
+    shutil.copytree(root/"more", plain/"images", dirs_exist_ok=True)
+    shutil.copy(plain/"images.dvc", plain/"first.txt")
+    added_plain = run_dvc(plain, "add", "images")
     back_ours = run_ours(ours, CHECKOUT, version)
     shutil.copy(plain/"first.txt", plain/"images.dvc")
     back_plain = run_dvc(plain, "checkout", "images.dvc")
     run_ours(ours, "from cvops_wb.core.settings import load_settings; from cvops_wb.data.versions import free_blobs; free_blobs(load_settings())")
-    disk_ours, disk_plain = measure_disk(ours), measure_disk(plain)
-    note = f"{count:,} files, {size/1e9:.2f} GB{', hard links' if links else ''}; an empty DVC call {empty:.2f} s"
+    disk_ours, disk_plain, empty = measure_disk(ours), measure_disk(plain), statistics.median(empty)
+    note = f"{count:,} files, {size/1e9:.2f} GB{', hard links' if links else ''}; an empty DVC call {empty:.2f} s; load {load:.1f}"
     state_ours, state_plain = (statistics.median(side) for side in zip(*status, strict=False))
     budget = .05*first_plain + empty
     return [
@@ -156,10 +166,15 @@ def main() -> None:
     parser.add_argument("--links", action="store_true", help="let DVC link files to its cache too, instead of its default, copies")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if not given")
+    parser.add_argument("--prepare", action="store_true", help="make the images and take them in, and say where; no more")
+    parser.add_argument("--prepared", type=Path, help="measure on what --prepare has made, which is then deleted")
     options = parser.parse_args()
     count = 2_000 if options.quick else options.files
-    root = Path(mkdtemp(prefix="bench-snapshot-", dir=options.folder))
-    try: rows = measure(root, count, options.links)
+    root = options.prepared or Path(mkdtemp(prefix="bench-snapshot-", dir=options.folder))
+    if options.prepare: return print(prepare(root, count) or f"--prepared {root}")
+    try:
+        if not options.prepared: prepare(root, count)
+        rows = measure(root, options.links)
     finally: shutil.rmtree(root, ignore_errors=True)
     for r in rows: print("{measure:<28} ours {ours:>9.2f}  dvc {peer:>9.2f}  ratio {ratio:>6.2f}  goal {goal:<40} {0}  {note}".format("met" if r["met"] else "NOT MET", **r))
     if options.json: options.json.write_text(json.dumps(rows, indent=1))

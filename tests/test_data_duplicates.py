@@ -9,7 +9,7 @@ from cvops_wb.data import duplicates
 from cvops_wb.data.duplicates import match_thumbs
 from cvops_wb.data.near import candidates as search
 from cvops_wb.data.near import checks, views
-from cvops_wb.data.near.candidates import find_candidates, join_groups, match_hashes
+from cvops_wb.data.near.candidates import find_candidates, find_views, join_groups, match_hashes
 from cvops_wb.data.near.checks import NEAR, measure_pairs
 from cvops_wb.data.near.thumbs import draw_thumb, draw_thumbs, read_jpeg_size
 from cvops_wb.data.near.views import hash_views, list_views, place_view
@@ -207,3 +207,32 @@ def test_the_fast_decoder_sees_what_pillow_sees(size, turn, photographs):
     want = np.asarray(image.resize((32, 32), Image.Resampling.BOX)).astype(float)
     assert abs(draw_thumb(out.getvalue()) - want).mean() < 4
     assert read_jpeg_size(out.getvalue()[:30]) == read_jpeg_size(b"no image") == (0, 0)
+
+
+def test_a_handful_of_ordinary_pictures_is_no_place_where_all_is_alike(grocery):
+    "Small batches out of ordinary ones, of photographs and of boards: hardly any passes for a fixed camera, and a fixed camera does."
+    from cvops_wb.data.near.checks import NEAR, find_chance
+    rng, moved = np.random.default_rng(0), []
+    for paths in (sorted((grocery/"train").rglob("*.jpg"))[::20], sorted((grocery.parent/"deeppcb"/"images").glob("*"))[::10]):
+        thumbs = draw_thumbs(len(paths), lambda k, paths=paths: paths[k].read_bytes())
+        wrong = [find_chance(thumbs[rng.permutation(len(thumbs))[:count]]) > NEAR for count in (4, 5, 6, 8, 12) for _ in range(20)]
+        assert np.mean(wrong) <= .05, np.mean(wrong)
+    for _ in range(40):
+        picture, (y, x) = thumbs[0].copy(), rng.integers(0, 26, 2)
+        picture[y:y + 6, x:x + 6] = rng.integers(0, 255, 3)
+        moved.append(picture)
+    assert all(find_chance(np.stack(moved)[rng.permutation(40)[:count]]) > NEAR for count in (12, 20, 40))
+
+
+def test_a_doubtful_turn_is_tried_both_ways():
+    "A picture whose lowest waves are nearly nothing turns over when it is made lighter: it is asked for in all four ways."
+    rng, rows = np.random.default_rng(0), []
+    cosines = np.cos(np.pi/32*np.arange(8)[:, None]*(np.arange(32) + .5))
+    for _ in range(24):
+        waves = rng.normal(size=(8, 8))
+        waves[0, 0], waves[0, 1], waves[1, 0] = 0, 0, 4
+        picture, slope = cosines.T@waves@cosines, 2*np.outer(cosines[0], cosines[1])
+        rows += [120 + picture*30/picture.std() + slope, 120 + picture*30/picture.std() - slope]
+    thumbs = np.repeat(np.stack(rows).clip(0, 255).astype(np.uint8)[..., None], 3, 3)
+    pairs = {tuple(sorted(pair)) for pair in find_views(thumbs)[:, [0, 3]].tolist()}
+    assert sum((2*k, 2*k + 1) in pairs for k in range(24)) == 24

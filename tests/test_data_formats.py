@@ -440,3 +440,78 @@ def test_a_coco_source_is_known_by_its_files_without_reading_boxes(photos, tmp_p
     (root/"images"/"2.jpg").unlink()
     look()
     assert len(set(seen)) == 4
+
+
+def write_odd(root: Path, files: dict[str, str | int | bytes]) -> Path:
+    "A source: text, or the picture of a number."
+    for name, content in files.items():
+        path = root/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(content) if isinstance(content, int) else content if isinstance(content, bytes) else content.encode())
+    return root
+
+
+LINE, JUNK = "1 .5 .5 .5 .5\n", {".DS_Store": b"\0\0\0\1Bud1", "Thumbs.db": b"\xd0\xcf", "desktop.ini": "[x]", "__MACOSX/._1.jpg": b"\0\5\x16\7"}
+PAGE = "<annotation><filename>1.jpg</filename><object><name>tea</name><difficult>1</difficult><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>30</xmax><ymax>40</ymax></bndbox></object></annotation>"
+ODD = {     # files → format, and of each image: label, split, objects
+    "yolo as Roboflow writes it, its test split missing": (
+        {"train/images/1.jpg": 1, "train/labels/1.txt": LINE, "valid/images/2.jpg": 2, "valid/labels/2.txt": "",
+         "data.yaml": "train: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: ['tea', 'milk']\n"}, "yolo", {("milk", "train", 1), ("", "val", 0)}),
+    "yolo lists from another machine": (
+        {"images/1.jpg": 1, "labels/1.txt": LINE, "images/2.jpg": 2, "labels/2.txt": LINE, "train.txt": "./images/1.jpg\n", "val.txt": "/home/eva/set/images/2.jpg\n",
+         "my.yaml": "path: /home/eva/set\ntrain: train.txt\nval: val.txt\nnames: {0: tea, 1: milk}\n"}, "yolo", {("milk", "train", 1), ("milk", "val", 1)}),
+    "yolo with several folders a split, outlines": (
+        {"images/a/1.JPG": 1, "labels/a/1.txt": "0 .1 .1 .5 .1 .5 .6\n", "images/b/2.jpeg": 2, "data.yaml": "train: [images/a, images/b]\nval:\nnames:\n  0: tea\n", **JUNK},
+        "yolo", {("tea", "train", 1), ("", "train", None)}),
+    "voc beside the images, nested": ({"a/1.jpg": 1, "a/1.xml": PAGE, "b/c/1.jpg": 2, "b/c/1.xml": PAGE, **JUNK}, "voc", {("tea", "", 1)}),
+    "voc with masks": ({"JPEGImages/1.jpg": 1, "Annotations/1.xml": PAGE, "SegmentationClass/1.png": 2, "ImageSets/Main/val.txt": "1\n"}, "voc", {("tea", "val", 1)}),
+    "csv with a box a row": ({"1.jpg": 1, "2.jpg": 2, "boxes.csv": "filename,class,xmin,ymin,xmax,ymax\n1.jpg,tea,1,2,30,40\n1.jpg,milk,5,6,10,12\n2.jpg,,,,,\n"}, "csv", {("", "", 2), ("", "", 0)}),
+    "csv from a spreadsheet": ({"1.jpg": 1, "2.jpg": 2, "labels.csv": "Image;Label\r\n1.jpg;tea\r\n2.jpg;milk\r\n"}, "csv", {("tea", "", None), ("milk", "", None)}),
+    "csv with quoted names and whole paths": (
+        {"in/a, b.jpg": 1, "in/ü é.jpg": 2, "labels.csv": '\ufefffilename,species,split\n"in/a, b.jpg",tea,train\n"C:\\set\\in\\ü é.jpg",milk,val\n'}, "csv", {("tea", "train", None), ("milk", "val", None)}),
+    "folder in a folder": ({"shop/Train/grüner Tee/1.JPG": 1, "shop/VAL/日本茶/bild 2": 2, **{f"shop/{name}": text for name, text in JUNK.items()}},
+                           "folder", {("grüner Tee", "train", None), ("日本茶", "val", None)}),
+    "folder of one class in a folder": ({"shop/tea/1.jpg": 1, "shop/tea/2.jpg": 2}, "folder", {("tea", "", None)}),
+}
+
+
+@pytest.mark.parametrize("packed", ["", "zip", "tar.gz"])
+@pytest.mark.parametrize("case", ODD)
+def test_what_others_write(tmp_path, workbench, case, packed):
+    files, format, want = ODD[case]
+    source = write_odd(tmp_path/"My Data", files)
+    if packed == "zip":
+        with zipfile.ZipFile(tmp_path/"set.zip", "w") as out:
+            for path in sorted(source.rglob("*")): out.write(path, f"My Data/{path.relative_to(source)}")
+    if packed == "tar.gz":
+        with tarfile.open(tmp_path/"set.tar.gz", "w:gz") as out: out.add(source, "./some/My Data")
+    source = tmp_path/f"set.{packed}" if packed else source
+    name, reader = find_format(str(source))
+    items = reader.read(str(source)).items
+    assert name == ("archive" if packed else format) and [item for item in items if item.problem or not item.path.is_file()] == []
+    assert {(item.label, item.given_split, len(parse_objects(item.objects)) if item.objects else None) for item in items} == want
+    assert len(items) == sum(isinstance(content, int) for content in files.values()) - ("masks" in case)
+
+
+def test_a_table_in_which_several_columns_may_be_the_label(tmp_path, workbench):
+    source = write_odd(tmp_path/"in", {**{f"{k}.jpg": k for k in range(4)}, "labels.csv": "file,species,colour,weight\n0.jpg,tea,red,1.5\n1.jpg,milk,blue,2\n2.jpg,tea,blue,3\n3.jpg,milk,red,4\n"})
+    reader = find_format(str(source))[1]
+    with pytest.raises(BadInput, match="species, colour") as error: reader.read(str(source))
+    assert "--label species" in error.value.fix
+    assert [item.label for item in reader.read(str(source), "colour").items] == ["red", "blue", "blue", "red"]
+    assert {item.label for item in reader.read(str(source), "none").items} == {""}
+
+
+def test_images_in_parquet(tmp_path, workbench):
+    "As data hubs write it: bytes, classes as numbers whose names stand in the file, a split a file; and names that want to leave."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    described = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["tea", "milk"], "_type": "ClassLabel"}}}})}
+    (tmp_path/"in"/"data").mkdir(parents=True)
+    for split, numbers in (("train", [1, 2, 3]), ("validation", [4]), ("test", [5])):
+        table = pa.table({"image": [{"bytes": picture(k), "path": "../../../../etc/out.jpg"} for k in numbers] + [{"bytes": b"no image", "path": None}], "label": [k % 2 for k in numbers] + [0]})
+        pq.write_table(table.replace_schema_metadata(described), tmp_path/"in"/"data"/f"{split}-00000-of-00001.parquet")
+    batch, table, rejected = take(tmp_path/"in", workbench)
+    assert batch.format == "parquet" and batch.count == 5 and sorted(table.label) == ["milk"]*3 + ["tea"]*2 and sorted(table.given_split) == ["test", "train", "train", "train", "val"]
+    assert rejected.reason.tolist() == ["not_an_image"]*3
+    assert take(tmp_path/"in"/"data"/"test-00000-of-00001.parquet", workbench, "one")[0].count == 1

@@ -190,6 +190,28 @@ def test_old_segments_go(tmp_path, database):
     with database.connected() as connection: assert connection.execute("SELECT count(*) FROM cvops_predictions").fetchone()[0] == 10
 
 
+def test_forgotten_images_are_forgotten_here_too(workbench, photos, server, database):
+    "`cvops forget` erases an image's answers from the database; while that is away it refuses, and nothing has been begun."
+    from cvops_wb.data import IngestSpec, ingest, list_samples
+    from cvops_wb.loop.keeping import forget
+    ingest(str(photos), IngestSpec(), workbench.reports/"ingest")
+    first, other = list_samples(workbench)["id"][:2]
+    log = PredictionLog(workbench.store/"predictions")
+    for k in range(6): log.append({"request_id": str(k), "time": tell_time(1.7e9 + k), "version": 1, "id": (first, other)[k % 2]})
+    log.close()
+    mark_database(workbench.store/"predictions", server.address)
+    compact_predictions(workbench.store/"predictions")
+    server.stop()
+    try:
+        with pytest.raises(ToolFailed): forget([first])
+        assert first in set(list_samples(workbench)["id"])
+    finally: server.start()
+    forget([first], dry_run=True)
+    assert len(read_predictions(workbench.store/"predictions")) == 6
+    assert forget([first]).document["receipt"]["answers_in_the_database"] == 3
+    assert set(read_predictions(workbench.store/"predictions")["id"]) == {other} and first not in set(list_samples(workbench)["id"])
+
+
 def test_what_callers_send_is_a_value(tmp_path, database):
     "Names with quotes, backslashes, tabs, a zero, what looks like SQL: they come back as they were, but for the zero."
     nasty, log = ["a'); DROP TABLE cvops_predictions; --", "tab\there\nand \\N and \\.", "zero\0inside", "\u202e\U0001f4a5", '"'], PredictionLog(tmp_path)

@@ -63,7 +63,7 @@ def test_a_client_of_triton_asks_who_is_there(client):
     assert about["name"] == "toy" and about["versions"] == ["1", "2", "3"] and {t["name"] for t in about["outputs"]} == {"label", "confidence", "scores", "embedding"}
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP"])
 def test_files_by_a_client_of_triton(client, service, kind):
     "Three files in one request, as length-prefixed bytes; the answers are those of /predict."
     files = [photograph(colour, kind) for colour in ("red", "green", "blue")]

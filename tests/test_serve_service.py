@@ -67,7 +67,7 @@ def find_workers(service) -> list[int]:
 
 # ── what is answered ──
 
-@pytest.mark.parametrize("kind, content_type", [("JPEG", "image/jpeg"), ("PNG", "image/png"), ("WEBP", "image/webp"), ("PNG", "application/octet-stream"), ("JPEG", "image/png")])
+@pytest.mark.parametrize("kind, content_type", [("JPEG", "image/jpeg"), ("PNG", "image/png"), ("WEBP", "image/webp"), ("TIFF", "image/tiff"), ("BMP", "image/bmp"), ("PNG", "application/octet-stream"), ("JPEG", "image/png")])
 @pytest.mark.parametrize("colour", ["red", "blue"])
 def test_raw_bytes_are_answered(service, kind, content_type, colour):
     status, headers, body = send(service, body=photograph(colour, kind), content_type=content_type)

@@ -53,7 +53,7 @@ def parse_record(value: dict[str, Any]) -> Record:
 # %% ../../nbs/api/core/04_records.ipynb #ae9a89a7
 SAMPLE_COLUMNS = {
     "id": "str",            # first 16 hexadecimal digits of the SHA-256
-    "sha256": "str", "ext": "str",                      # of the file's bytes; `.jpg`, `.png`, `.webp`
+    "sha256": "str", "ext": "str",                      # of the file's bytes; see `core.kinds`
     "sources": "list",      # relative names that these bytes came under
     "camera": "str", "taken": "str",                    # ISO 8601 or empty
     "width": "int", "height": "int", "bytes": "int",    # as decoded, after EXIF orientation; pixels

@@ -29,7 +29,7 @@ from .formats.objects import count_classes
 from .images import decode_image
 from .near.candidates import join_groups
 from .near.checks import NEAR, SCENE
-from .near.kept import THUMBS
+from .near.kept import THUMBS, recall_thumbs
 from .planting import is_synthetic, place_synthetic
 from .quality import QUALITY, flag_quality, measure_oddness
 from .splits import SPLITS, are_good, check_labels, find_before, find_leaks, has_split, link_bursts, split_given, split_grouped
@@ -152,7 +152,9 @@ def curate(
     table = lay_tags(correct_labels(read_samples(batch.samples, settings), read_events(settings, "labels")), decisions)
     check_labels(table)
     pairs = find_pairs(table, lambda place: read_blob(table.iloc[place], settings), spec.distance, spec.scene, spec.likeness, settings.cache/THUMBS)
-    table = add_tags(table, **flag_quality(table), synthetic=is_synthetic(table))
+    def look(places: np.ndarray) -> np.ndarray:
+        return recall_thumbs(settings.cache/THUMBS, table["sha256"].to_numpy()[places], lambda k: read_blob(table.iloc[places[k]], settings))
+    table = add_tags(table, **flag_quality(table, look), synthetic=is_synthetic(table))
     before = read_sides(find_before(batch, spec.before, settings), settings)
     table = lay_tags(group_samples(table, pairs, spec, before), decisions)      # also over what was found now
     check_classes(table, spec.min_images)

@@ -24,6 +24,7 @@ from PIL import Image
 from ..core.drawing import draw_bars, draw_grid, write_picture
 from ..core.errors import BadImage, BadInput
 from ..core.files import hash_file, hash_value, human_size, write_atomic
+from ..core.kinds import KIND_NAMES
 from ..core.places import locate, name_final
 from ..core.progress import show_progress
 from ..core.records import Batch
@@ -190,7 +191,7 @@ def _name_origin(source: str) -> str:
 
 def _all_refused(source: str, rejected: list[Arrival]) -> BadInput:
     reasons = ", ".join(f"{count} × {reason}" for reason, count in Counter(a.reason for a in rejected).most_common())
-    return BadInput("no file of the source can be used", got=f"{source}: {reasons}", fix="give JPEG, PNG or WebP images; the files are kept in the store's rejected/")
+    return BadInput("no file of the source can be used", got=f"{source}: {reasons}", fix=f"give {KIND_NAMES} images; the files are kept in the store's rejected/")
 
 def _write_rejected(rejected: list[Arrival], path: Path) -> None:
     columns = ["name", "reason", "detail", "size", "sha256"]

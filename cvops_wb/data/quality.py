@@ -5,18 +5,20 @@
 # %% ../../nbs/api/data/11_quality.ipynb #140988b7
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.errors import BadInput
+from ..core.kinds import KINDS
 
 if TYPE_CHECKING: import pandas as pd
 
 # %% auto #0
-__all__ = ['DEVIATIONS', 'QUALITY', 'spread', 'limit_low', 'limit_high', 'flag_quality', 'measure_oddness', 'measure_size']
+__all__ = ['DEVIATIONS', 'QUALITY', 'spread', 'limit_low', 'limit_high', 'is_drawn', 'flag_quality', 'measure_oddness',
+           'measure_size']
 
 # %% ../../nbs/api/data/11_quality.ipynb #24f3de13
 DEVIATIONS = 3.5
@@ -36,11 +38,22 @@ def limit_high(values: pd.Series, never: float, always: float) -> float:
     middle, deviation = spread(values)
     return float(np.clip(middle + DEVIATIONS*deviation, never, always))
 
+# %% ../../nbs/api/data/11_quality.ipynb #d7a1c002
+def is_drawn(
+    thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
+    places: int = 5,        # of sixteen
+) -> np.ndarray:
+    "Whether each picture has borders of half its range in so many places: bool (N,)."
+    cells = thumbs.mean(3).reshape(-1, 4, 8, 4, 8).transpose(0, 1, 3, 2, 4).reshape(-1, 16, 64)
+    steep = np.ptp(cells, 2) >= np.maximum(np.ptp(cells, (1, 2))/2, 2)[:, None]
+    return steep.sum(1) >= places
+
 # %% ../../nbs/api/data/11_quality.ipynb #ea3ced94
-QUALITY = ("dark", "bright", "blank", "blurred", "odd_size", "odd_shape")
+QUALITY = ("dark", "bright", "blank", "blurred", "odd_size", "odd_shape", "heavy")
 
 def flag_quality(
     table: pd.DataFrame,    # sample table, or its columns of image statistics
+    look: Callable[[np.ndarray], np.ndarray] | None = None,     # the small pictures of the rows at some places: a faint drawing is no blank
 ) -> pd.DataFrame:
     "One column of truth values for each name in `QUALITY`; `BadInput` if the table is empty."
     import pandas as pd
@@ -49,6 +62,8 @@ def flag_quality(
     pixels, shape = table["width"]*table["height"], table[["width", "height"]].max(axis=1)/table[["width", "height"]].min(axis=1)
     # of few greys that lie close together, whatever the batch is; a drawing has few, far apart
     blank = (table["contrast"] < .02) | (table["entropy"] < .25) & (table["contrast"] < .1)
+    doubtful = blank & (table["contrast"] >= .02)
+    if look and doubtful.any(): blank = blank.mask(doubtful, pd.Series(~is_drawn(look(np.flatnonzero(doubtful))), table.index[doubtful])).astype(bool)
     return pd.DataFrame({
         "dark": bright < limit_low(bright, .08, .25),
         "bright": bright > limit_high(bright, .75, .93),
@@ -56,6 +71,7 @@ def flag_quality(
         "blurred": ~blank & (detail < limit_low(detail, np.log(.01), np.log(.1))),
         "odd_size": (pixels < pixels.median()/8) | (pixels > pixels.median()*8) | (table[["width", "height"]].min(axis=1) < 32),
         "odd_shape": shape > max(2.2, 1.6*shape.median()),
+        "heavy": table["ext"].isin([kind.ext for kind in KINDS if kind.lossy]) & (table["bytes"] > 4*pixels + 131_072),
     })
 
 # %% ../../nbs/api/data/11_quality.ipynb #b8079816

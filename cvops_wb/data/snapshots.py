@@ -26,7 +26,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ..core.drawing import draw_grid, write_picture
-from ..core.errors import BadInput, BadRecord, CvopsError, MissingTool, NoRoom, ToolFailed, UnknownName
+from ..core.errors import BadInput, BadRecord, CvopsError, MissingTool, NoRoom, ToolFailed, UnknownName, WrongUsage
 from ..core.files import dump_json, hash_file, hash_value, join_within, read_json, write_atomic
 from ..core.processes import QUIET, call
 from ..core.records import Selection, Snapshot, parse_record
@@ -268,7 +268,8 @@ def find_snapshot(
     settings = load_settings()
     known = sorted(path.stem for path in (settings.versioned/"snapshots").glob("*.json"))
     found = [k for k in known if k.startswith(name or read_current(settings) or "-")]
-    if len(found) != 1: raise UnknownName("snapshot", name, known, fix="run `cvops snapshot`, or `dvc pull` in a clone")
+    if len(found) > 1: raise WrongUsage("several snapshots begin so", got=f"{name}: {', '.join(found)}", fix="give a digit more; `cvops log` lists them")
+    if not found: raise UnknownName("snapshot", name, known, fix="`cvops log` lists them" if known else "run `cvops snapshot`, or `cvops pull` in a clone")
     return _read_known(settings, found[0])
 
 # %% ../../nbs/api/data/15_snapshots.ipynb #0666d841
@@ -284,9 +285,9 @@ class SnapshotReader:
         "The sample table in columns; `BadRecord` if it is not the one that the snapshot was taken of."
         path = join_within(self._root, self.record.samples)
         if not path.is_file():
-            raise BadRecord("the table of a snapshot is not there", got=path, fix="`dvc checkout` brings it from the cache, else `dvc pull`")
+            raise BadRecord("the table of a snapshot is not there", got=path, fix="`cvops pull` brings it from the cache or the remote")
         if digest_table(path)[:12] != self.record.id:
-            raise BadRecord("the table of a snapshot was changed", got=path, fix="delete it and .dvc/cache, then `dvc pull` brings both")
+            raise BadRecord("the table of a snapshot was changed", got=path, fix="`cvops pull` puts a good copy from the cache or the remote in its place")
         return read_columns(path)
 
     @cached_property

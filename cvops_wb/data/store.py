@@ -24,10 +24,11 @@ import numpy as np
 
 from ..core.errors import BadInput, BadRecord, CvopsError, NoRoom
 from ..core.files import sync_folder, write_atomic
+from ..core.kinds import find_kind, find_suffix
 from ..core.records import SAMPLE_COLUMNS
 from ..core.settings import Settings, load_settings
 from .formats.objects import to_pixels
-from .images import ImageFacts
+from .images import ImageFacts, show_image
 from .near.kept import THUMBS, Keeper
 from .shards import AHEAD, Prepacker, find_packed
 from .versions.events import list_forgotten
@@ -329,10 +330,19 @@ def _name(sample: Any) -> tuple[str, str]:
 
 # %% ../../nbs/api/data/02_store.ipynb #show0002
 def show_blob(sample: Any, settings: Settings | None = None) -> Path:
-    "A file that shows an image: the blob itself, else a copy in the cache; `BadInput` if nobody has it."
+    "A file that a browser can draw: the blob itself, else a copy in the cache (of a TIFF a PNG); `BadInput` if nobody has the image."
     settings = settings or load_settings()
     sha256, ext = _name(sample)
-    if path := Store(settings).find_blob(sha256, ext) or find_kept(sha256, settings): return path.absolute()
-    shown = settings.cache/"shown"/sha256[:2]/f"{sha256}{ext}"
-    if not shown.is_file(): write_atomic(shown, read_blob(sample, settings), durable=False)
+    path = Store(settings).find_blob(sha256, ext) or find_kept(sha256, settings)
+    drawn = _is_drawn(path, ext)
+    if path and drawn: return path.absolute()
+    shown = settings.cache/"shown"/sha256[:2]/f"{sha256}{ext if drawn else '.png'}"
+    if not shown.is_file(): write_atomic(shown, read_blob(sample, settings) if drawn else show_image(read_blob(sample, settings)), durable=False)
     return shown.absolute()
+
+def _is_drawn(path: Path | None, ext: str) -> bool:
+    "By the suffix; of a file without one by its first bytes."
+    kind = find_suffix(ext or (path.suffix if path else ""))
+    if path and not ext and not path.suffix:
+        with path.open("rb") as file: kind = find_kind(file.read(18))
+    return kind is None or kind.drawn

@@ -163,7 +163,7 @@ def demo(
 @app.command(rich_help_panel=LOOP)
 def ingest(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a data set, an archive, s3://…, or `synth` for the synthetic warehouse.")] = "",
-    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, boxes, coco, yolo, voc, fiftyone, csv, archive, remote, synth.")] = None,
+    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, boxes, coco, yolo, voc, fiftyone, csv, parquet, archive, remote, synth.")] = None,
     label: Annotated[str | None, typer.Option(help="Which label column, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many files.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="SRC is a camera inbox (a sub-folder a camera), rtsp://…, a USB camera's number or a video; until Ctrl-C.")] = False,

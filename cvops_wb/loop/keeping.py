@@ -37,20 +37,22 @@ Version = Annotated[str, Argument(metavar="VERSION", help="A snapshot's id, or i
 
 @app.command(rich_help_panel=LOOK)
 def diff(
-    before: Annotated[str, Argument(metavar="A", help="A snapshot's id, or its beginning.")],
+    before: Annotated[str, Argument(metavar="A", help="A snapshot's id, or its beginning; else the one before the current.")] = "",
     after: Annotated[str, Argument(metavar="B", help="Another; else the current one.")] = "",
     json: Json = False,
 ) -> Reply:
     """What is added, removed, relabelled, moved from version A to B.
 
     \b
+    cvops diff                  what the current version changed
     cvops diff 3f2a             to the current version
     cvops diff 3f2a 91bc
     """
     from dataclasses import asdict
 
     from cvops_wb.data import compare_versions, find_snapshot, write_difference
-    found = compare_versions(find_snapshot(before), find_snapshot(after))
+    if not before and not find_snapshot().parent: raise WrongUsage("the current version is the first: there is none before it", got=find_snapshot().id, fix="cvops diff A B; `cvops log` lists the versions")
+    found = compare_versions(find_snapshot(before or find_snapshot().parent), find_snapshot(after))
     path = write_difference(found, load_settings().cache/"diffs"/f"{found.before}-{found.after}.html")
     rows = [f"  {name:<10} {count:>8,}" for name, count in found.counts.items()]
     page = os.path.relpath(path, load_settings().root)
@@ -147,11 +149,17 @@ def forget(
     cvops forget --allow 3f2a91
     """
     from cvops_wb.data import allow_again, find_snapshot, forget, resume_forgetting
+    from cvops_wb.serve import open_database
     if not ids and not resume: raise WrongUsage("no image is named", got="no id", fix="cvops forget ID, or cvops forget --resume")
     if allow: return Reply({"allowed": (found := ids if dry_run else allow_again(ids))}, f"may be ingested again: {', '.join(found)}")
-    receipt = resume_forgetting() if resume else forget(ids, history, dry_run, reports)
+    database = None if dry_run or resume else open_database(load_settings().store/"predictions")
+    told = {"answers_in_the_database": database.erase([sha256[:16] for sha256 in forget(ids, history, True, reports)["images"]])} if database else {}     # first: if it is away, nothing has been begun
+    receipt = (resume_forgetting() if resume else forget(ids, history, dry_run, reports)) | told
     if not dry_run and receipt.get("current"): adopt_snapshot(load_settings(), find_snapshot())
     rows = [f"  {name:<26} {value}" for name, value in receipt.items() if value not in ([], {}, "")]
+    left = receipt["versions"] if dry_run and not history else receipt.get("still_in", [])
+    if left: rows.append(f"  older versions {'would still hold' if dry_run else 'still hold'} it: cvops forget {' '.join(ids or receipt['images'])} --history")
+    if receipt["reports_that_may_show_it"] and not reports: rows.append("  reports that may show it are left as they are: --reports erases there, too")
     return Reply({"receipt": receipt}, "\n".join(["would erase:" if dry_run else "erased; the receipt stands in data/events/forgotten.jsonl", *rows]))
 
 @app.command(rich_help_panel=LOOK)

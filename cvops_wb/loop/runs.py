@@ -108,7 +108,8 @@ def _describe_selection(r: Any) -> str:
 # %% ../../nbs/api/loop/03_runs.ipynb #b3b8f51f
 def _describe_candidate(r: Any) -> str:
     metric = next((name for name in ("accuracy", *r.metrics) if name in r.metrics), "")
-    return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}" if metric else "")
+    chance = f" (chance {r.metrics['chance']:.3f})" if metric == "accuracy" and "chance" in r.metrics else ""
+    return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}{chance}" if metric else "")
 
 def _classes(names: Any) -> str: return f"{len(names)} class" + ("" if len(names) == 1 else "es")
 
@@ -116,7 +117,7 @@ DESCRIPTIONS = {
     "Batch": lambda r: f"{r.count:,} images, {_classes(r.classes)}, {r.new:,} new, {r.rejected:,} set aside",
     "Selection": _describe_selection,
     "View": lambda r: f"{r.count:,} images in FiftyOne as {r.dataset!r}",
-    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shards" + (", pushed" if r.pushed else ""),
+    "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shard{'s'*(len(r.shards) != 1)}" + (", pushed" if r.pushed else ""),
     "Candidate": _describe_candidate,
     "Contest": lambda r: "; ".join(f"{p['a']} less {p['b']} {p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]: {p['verdict']}" for p in r.pairs),
     "Evaluation": _describe_evaluation, "ModelVersion": _describe_version,

@@ -19,10 +19,11 @@ from typing import Any
 
 from ..core.errors import BadImage, BadInput
 from ..core.files import hash_value, write_atomic
+from ..core.kinds import KIND_NAMES, SUFFIXES
 from .inference import Answer, Classifier, count_threads
 
 # %% ../../nbs/api/serve/11_batches.ipynb #7ad23094
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".avif", "")
+ENDINGS = SUFFIXES | {".gif", ".heic", ".avif", ""}
 
 @dataclass(frozen=True)
 class Picture:
@@ -39,7 +40,7 @@ def list_pictures(
     "The pictures at and below a path, by name; `BadInput` if there is none."
     source = Path(source)
     paths = [source] if source.is_file() else sorted(p for p in _walk(source) if p.suffix.lower() in ENDINGS)
-    if not paths: raise BadInput("there is no image here", got=source, fix="name a folder with JPEG, PNG or WebP files")
+    if not paths: raise BadInput("there is no image here", got=source, fix=f"name a folder with {KIND_NAMES} files")
     base, known = source.parent if source.is_file() else source, set(classes)
     return [Picture(p.relative_to(base).as_posix(), f"{s.st_size}-{s.st_mtime_ns}", p.read_bytes, next((n for n in reversed(p.relative_to(base).parts[:-1]) if n in known), ""))
             for p in paths for s in [p.stat()]]

@@ -96,6 +96,11 @@ class Database:
             return connection.execute("DELETE FROM cvops_segments WHERE last < %s OR segment IN (SELECT segment FROM (SELECT segment, sum(bytes) OVER (ORDER BY last DESC, segment DESC) AS kept FROM cvops_segments) "
                                       "AS each WHERE %s > 0 AND kept > %s)", (before, most, most)).rowcount
 
+    def erase(self, ids: list[str]) -> int:
+        "Remove the answers to these images; how many went."
+        with self.connected() as connection:
+            return connection.execute('DELETE FROM cvops_predictions WHERE "id" = ANY(%s)', (ids,)).rowcount if self.is_made(connection) else 0
+
     def is_made(self, connection: Any) -> bool:
         "Whether anything was ever put into it."
         return connection.execute("SELECT to_regclass('cvops_predictions')").fetchone()[0] is not None

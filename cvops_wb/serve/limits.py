@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from math import ceil
@@ -26,6 +27,7 @@ from typing import Any
 
 from ..core.errors import BadImage, CvopsError, WrongUsage, needs
 from ..core.files import human_size
+from ..core.kinds import MEDIA_TYPES
 
 # %% ../../nbs/api/serve/03_limits.ipynb #cba83a57
 class BadRequest(CvopsError):
@@ -43,7 +45,7 @@ def explain(error: BadRequest | BadImage) -> tuple[int, dict[str, Any], dict[str
     return status, {"error": error.what, "reason": error.reason, "fix": error.fix}, getattr(error, "headers", {})
 
 # %% ../../nbs/api/serve/03_limits.ipynb #b256d742
-RAW_TYPES = frozenset({"image/jpeg", "image/jpg", "image/png", "image/webp", "application/octet-stream"})
+RAW_TYPES = MEDIA_TYPES | {"application/octet-stream"}
 FORM, JSON = "multipart/form-data", "application/json"
 ENVELOPE = 16_384           # bytes that a body may have around its images
 READ_SECONDS = 15.          # that an upload may take
@@ -70,7 +72,7 @@ async def read_upload(
     kind, options = split_type(headers.get("content-type", ""))
     if kind not in RAW_TYPES and kind not in (FORM, JSON):
         raise BadRequest(415, "content_type", f"this content type is not read: {kind or 'none'}"[:120],
-                         "send the image as multipart/form-data, as Base64 in application/json, or raw as image/jpeg, image/png, image/webp or application/octet-stream")
+                         f"send the image as multipart/form-data, as Base64 in application/json, or raw as {', '.join(sorted(MEDIA_TYPES))} or application/octet-stream")
     most = max_bytes*(1 + several)
     most = most + ENVELOPE if kind == FORM else most*4//3 + ENVELOPE if kind == JSON else most
     check_length(headers.get("content-length", ""), most, max_bytes)
@@ -232,6 +234,10 @@ def check_host(host: str, tokens: tuple[bytes, ...]) -> str:
 
 def is_loopback(address: str) -> bool:
     "Whether an address is this machine's own."
+    return _is_own(address) if len(address) < 64 else False
+
+@lru_cache(1024)
+def _is_own(address: str) -> bool:
     try: return ip_address(address.split("%")[0].strip("[]")).is_loopback
     except ValueError: return address == "localhost"
 

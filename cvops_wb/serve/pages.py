@@ -15,6 +15,7 @@ from typing import Any
 
 from ..core.drawing import escape
 from ..core.files import human_size
+from ..core.kinds import KIND_NAMES, MEDIA_TYPES
 from .limits import IMAGES, RAW_TYPES
 from .protocols import describe_paths
 
@@ -127,6 +128,7 @@ function fail(what, fix, reason) {
 }
 function show(url, said, seconds) {
   $('error').hidden = $('token').hidden = true; $('answer').hidden = false; document.body.className = 'asked';
+  $('photo').onerror = () => { $('photo').onerror = null; $('photo').src = UNDRAWN; };
   $('photo').src = url; outline(url, said.objects || []); $('photo').alt = 'the photograph, answered with ' + said.label;
   $('label').textContent = said.label;
   $('sure').textContent = (100*said.confidence).toFixed(1) + ' % sure';
@@ -183,6 +185,7 @@ addEventListener('paste', e => ask([...e.clipboardData.files][0]));
 # %% ../../nbs/api/serve/05_pages.ipynb #919a3843
 DROP_SCRIPT += """
 let shown = null;
+const UNDRAWN = 'data:image/svg+xml,' + encodeURIComponent('<svg xmlns="http://www.w3.org/2000/svg" width="320" height="240"><rect width="100%" height="100%" fill="#eaeef2"/><text x="50%" y="50%" text-anchor="middle" font-family="sans-serif" font-size="14" fill="#57606a">This browser cannot draw the file</text></svg>');
 const allowed = () => token ? {authorization: 'Bearer ' + token} : {};
 $('why').onclick = async () => {
   const {url, said} = shown, plain = $('why').textContent !== 'Why?';
@@ -213,8 +216,8 @@ def make_drop_page(facts: Facts) -> Page:
     name, model, most = escape(facts.service), escape(facts.model[:8]), human_size(facts.max_bytes)
     head = (f'<header><h1>{name}</h1><span class="soft">version {facts.version} · {len(facts.classes)} classes · '
             f'<span class="mono">{model}</span> · <a href="docs">documentation</a></span></header>')
-    drop = (f'<button id="drop">{PICTURE}<b>Drop a photograph here</b><span class="soft">or click to choose one, or paste it · JPEG, PNG or WebP, '
-            f'up to {most}</span></button><input id="file" type="file" accept="image/jpeg,image/png,image/webp" multiple hidden>')
+    drop = (f'<button id="drop">{PICTURE}<b>Drop a photograph here</b><span class="soft">or click to choose one, or paste it · {KIND_NAMES}, '
+            f'up to {most}</span></button><input id="file" type="file" accept="{",".join(sorted(MEDIA_TYPES))}" multiple hidden>')
     known = "".join(f'<option>{escape(label)}</option>' for label in facts.classes)
     answer = ('<div id="error" role="alert" hidden></div><form id="token" hidden>'
               '<input id="secret" type="password" autocomplete="off" placeholder="token" aria-label="token"></form>'
@@ -249,7 +252,7 @@ def _describe_explain(facts: Facts) -> dict[str, Any]:
 
 # %% ../../nbs/api/serve/05_pages.ipynb #1e9e1f15
 def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
-    limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, JPEG, PNG or WebP."
+    limits = f"At most {human_size(facts.max_bytes)} and {facts.max_megapixels:g} megapixels an image, {KIND_NAMES}."
     named = "A name of your own for this request, of at most 64 letters, digits and `._-`. It comes back."
     about = [_header("X-Camera", "Where the image comes from; for the log."), _header("X-Caller", "Who asks; for the log."), _header("X-Keep", "`no`: the image must not be kept; `yes`: it may."),
              _header("X-Mask", "What is black in the image if it is kept: `x0,y0,x1,y1; …`, in pixels, or in shares of its sides where all four are at most 1.")]
@@ -293,7 +296,7 @@ REFUSALS = {
     "400": "The request cannot be read: `empty`, `no_file`, `bad_multipart`, `bad_json`, `no_image`, `bad_base64`, `too_many_images`, `no_label`, `bad_version`, `cut_off`, `bad_feedback`", "401": "A valid token is missing: `token`",
     "403": "Only this machine may ask: `not_loopback`, `other_origin`", "404": "No such version: `no_version`", "408": "The upload took too long: `slow`",
     "413": "It is too large: `too_large`", "415": "This content type is not read: `content_type`",
-    "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `too_many_pixels`",
+    "422": "The bytes are no image that is read: `not_an_image`, `unsupported_format`, `truncated`, `damaged`, `animated`, `several_pages`, `too_many_pixels`",
     "429": "Too many at once; come again after `Retry-After` seconds: `busy`, `rate`",
     "504": "The answer took longer than the service allows: `timeout`",
 }

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['formats', 'IMAGES', 'OTHER_IMAGES', 'SPLITS', 'Item', 'Listing', 'Format', 'is_image_name', 'clean_name',
-           'walk_images', 'place_item', 'find_format', 'explain_source', 'export_samples']
+           'walk_images', 'place_item', 'bring_home', 'find_format', 'explain_source', 'export_samples']
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #ccdf298b
 import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...core.errors import BadInput
 from ...core.files import join_within
+from ...core.kinds import SUFFIXES
 from ...core.records import Snapshot
 from ...core.registries import Registry
 
@@ -55,8 +56,8 @@ class Format(Protocol):
 formats = Registry("format", package="cvops_wb.data.formats", group="cvops_wb.formats")
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #3d7c6226
-IMAGES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"}
-OTHER_IMAGES = {".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
+IMAGES = SUFFIXES
+OTHER_IMAGES = {".gif", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd"}     # set aside with a reason, not passed over
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 
 def is_image_name(name: str) -> bool:
@@ -105,6 +106,7 @@ def place_item(
     "The item of a name from outside."
     shown = clean_name(str(name))
     try:
+        name = bring_home(root, name)
         path, ways = join_within(root, name), dict.fromkeys((name, name.replace("\\", "/")))
         tries = (PurePosixPath(folder, way).as_posix() for way in ways for folder in folders)     # made as far as they are asked for
         found = next((way for way in tries if os.path.lexists(os.path.join(root, way))), PurePosixPath(folders[0], name).as_posix())
@@ -112,6 +114,16 @@ def place_item(
     except BadInput as e: return Item(shown, None, problem="outside_root", detail=e.what, **facts)
     except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as e: return Item(shown, None, problem="unreadable", detail=f"no name of a file: {clean_name(str(e))}", **facts)
     return Item(clean_name(found), path, **facts)
+
+def bring_home(root: Path, name: str) -> str:
+    "A whole path that was written on another machine, as the file lies below `root`; the name itself where none of its ends is there."
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    if ".." in parts or not (name.startswith(("/", "\\")) or PureWindowsPath(name).drive): return name
+    return next((tail for k in range(1, len(parts)) if _is_there(root, tail := "/".join(parts[k:]))), name)
+
+def _is_there(root: Path, name: str) -> bool:
+    try: return os.path.lexists(join_within(root, name))
+    except (BadInput, OSError, RuntimeError, ValueError): return False
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #a41fe072
 def find_format(

@@ -24,13 +24,18 @@ def assign_labels(
 ) -> list[Item]:
     "The items with label and given split by their folders."
     if (way or "auto") not in WAYS: raise UnknownName("way to label by folder", way, WAYS)
-    tops = {PurePosixPath(item.name).parts[0] for item in items if "/" in item.name}
-    splits = SPLITS if tops and {top.lower() for top in tops} <= set(SPLITS) and not any("/" not in item.name for item in items) else {}
-    folders = [PurePosixPath(item.name).parts[bool(splits):-1] for item in items]
+    ways = [PurePosixPath(item.name).parts for item in items]
+    above = next((k for k in (0, 1) if _name_splits(ways, k)), None)     # of the folders that are called train, val, test
+    splits = SPLITS if above is not None else {}
+    folders = [parts[above + 1 if splits else 0:-1] for parts in ways]
     places = defaultdict(set)
     for parts in folders: places[parts[-1:]].add(parts)
-    return [replace(item, label=_choose(parts, way, len(places[parts[-1:]]) > 1), given_split=splits.get(item.name.split("/")[0].lower(), ""))
-            for item, parts in zip(items, folders)]
+    return [replace(item, label=_choose(parts, way, len(places[parts[-1:]]) > 1), given_split=splits.get(whole[above or 0].lower(), ""))
+            for item, parts, whole in zip(items, folders, ways)]
+
+def _name_splits(ways: list[tuple[str, ...]], level: int) -> bool:
+    "Whether the folders of a level are splits, in one folder above if any: `shop/train/tea/1.jpg` as `train/tea/1.jpg`."
+    return bool(ways) and all(len(parts) > level + 1 and parts[level].lower() in SPLITS for parts in ways) and len({parts[:level] for parts in ways}) == 1
 
 def _choose(parts: tuple[str, ...], way: str, ambiguous: bool) -> str:
     if not parts or way == "none": return ""

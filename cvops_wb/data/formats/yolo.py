@@ -13,7 +13,7 @@ from typing import Any
 
 from ...core.errors import BadInput, needs
 from ...core.files import join_within, write_atomic
-from . import SPLITS, Item, Listing, clean_name, formats, place_item, walk_images
+from . import SPLITS, Item, Listing, bring_home, clean_name, formats, place_item, walk_images
 from .documents import find_document, list_documents, parse_yaml, read_document, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, find_bounds, make_object, to_shares
@@ -41,13 +41,16 @@ def list_folders(root: Path, description: dict[str, Any]) -> Iterator[tuple[str,
     base = base if isinstance(base, str) and _is_below(root, base) else ""
     for key, split in SPLITS.items():
         entries = description.get(key) or []
-        for entry in [entries] if isinstance(entries, str) else entries: yield split, _find_entry(root, base, entry)
+        found = [_find_entry(root, base, entry, split) for entry in ([entries] if isinstance(entries, str) else entries)]
+        yield from ((split, place) for place in found if place)
 
-def _find_entry(root: Path, base: str, entry: Any) -> str:
+def _find_entry(root: Path, base: str, entry: Any, split: str) -> str:
     if not isinstance(entry, str): raise BadInput("data.yaml names a split by something that is no path", got=repr(entry)[:200], fix="write train: images/train")
     for way in (PurePosixPath(base, entry).as_posix(), PurePosixPath(base, entry.removeprefix("../")).as_posix()):
         if _is_below(root, way): return way
-    raise BadInput("data.yaml names a folder that is not below its own", got=repr(entry), fix="write train: images/train, without '..' and without a '/' before it")
+    inside = entry.removeprefix("../")
+    if split != "train" and ".." not in PurePosixPath(inside).parts and not inside.startswith("/"): return ""    # exporters name a test split that they do not have
+    raise BadInput("data.yaml names a folder that is not there, or not below its own", got=repr(entry), fix="write train: images/train, without '..' and without a '/' before it")
 
 def _is_below(root: Path, name: str) -> bool:
     try: return name == "." or join_within(root, name).exists()
@@ -96,7 +99,7 @@ def _list_names(root: Path, place: str, skipped: Counter) -> Iterator[str]:
         yield from (item.name for item in walk_images(root, skipped, place))
         return
     for line in filter(None, map(str.strip, read_document(join_within(root, place)).splitlines())):
-        yield PurePosixPath(PurePosixPath(place).parent, line).as_posix() if line.startswith("./") else line
+        yield PurePosixPath(PurePosixPath(place).parent, line).as_posix() if line.startswith("./") else bring_home(root, line)
 
 def _read_item(root: Path, name: str, split: str, classes: dict[int, str]) -> Item:
     parts = list(PurePosixPath(name).parts)

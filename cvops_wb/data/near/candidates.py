@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from .views import hash_views
+from .views import hash_views, list_views
 
 # %% ../../../nbs/api/data/near/07_candidates.ipynb #328b495f
 def match_hashes(
@@ -22,28 +22,23 @@ def match_hashes(
     own: int = 0,           # so many queries, one after the other, are of one hash and do not find it; 0: all are strangers
 ) -> np.ndarray:
     "Places in `queries` and in `hashes`, each pair once, and the bits that differ: int (K, 3)."
-    width = int(np.clip(np.ceil(np.log2(max(len(hashes), 2))) + 3, 12, 26))
-    rng = np.random.default_rng(0)
+    depth = int(np.ceil(np.log2(max(len(hashes), 2))))
+    width, pieces, rng = int(np.clip(depth + 3, 12, 26)), depth - 11 if depth > 15 else 0, np.random.default_rng(0)     # up to 32,768 fit a cache as they are
     words, asked = hashes.view(np.uint64).ravel(), queries.view(np.uint64).ravel()
-    masks = [rng.permutation(np.arange(64, dtype=np.uint64))[:width] for _ in range(tables)]
+    masks = [(np.uint64(1) << rng.permutation(np.arange(64, dtype=np.uint64))[:width]).sum(dtype=np.uint64) for _ in range(tables)]
 
-    def look_up(mask: np.ndarray) -> np.ndarray:
-        from cvops_wb.data.near.buckets import open_buckets
-        order = _sort_words(words, mask)
-        wanted = order if hashes is queries else _sort_words(asked, mask)
-        return open_buckets(*order, *wanted, distance, own, BUCKET)
+    def look_up(mask: np.uint64) -> np.ndarray:
+        from cvops_wb.data.near.buckets import deal_out, search_pieces
+        dealt = deal_out(words, mask, _ODD, pieces)
+        wanted = dealt if hashes is queries else deal_out(asked, mask, _ODD, pieces)
+        return search_pieces(*dealt, *wanted, mask, _ODD, depth + 1, distance, own, BUCKET)
 
     with ThreadPoolExecutor(2) as pool: found = list(pool.map(look_up, masks if len(asked) else []))
     matches = _drop_repeats(np.concatenate([np.empty(0, dtype=np.uint64), *found]))
     query, place = (matches >> np.uint64(32)).astype(np.int64), (matches & _LOW).astype(np.int64)
     return np.stack([query, place, np.bitwise_count(asked[query] ^ words[place])], axis=1, dtype=np.int64, casting="unsafe")
 
-BUCKET, _LOW = 32, np.uint64(0xffffffff)    # members of a bucket that are looked at; where the place of a hash stands in a key
-
-def _sort_words(words: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from cvops_wb.data.near.buckets import choose_bits, sort_keys
-    order = sort_keys(choose_bits(words, mask), len(mask))
-    return order, words[(order & _LOW).astype(np.int64)]
+BUCKET, _LOW, _ODD = 32, np.uint64(0xffffffff), np.uint64(0x9e3779b97f4a7c15)   # members of a bucket that are looked at; where a place stands in a pair; 2⁶⁴ by the golden ratio
 
 def _drop_repeats(values: np.ndarray) -> np.ndarray:
     values = np.sort(values)    # np.unique asks a table of hashes first: four times slower here
@@ -80,11 +75,11 @@ def find_views(
     distance: int = 12,     # bits that may differ
 ) -> np.ndarray:
     "Pairs of places: a, its view, how that is turned, b, how that is turned, bits; each pair once: int (K, 6)."
-    hashes, turns = hash_views(thumbs)
+    hashes, turns = hash_views(thumbs, doubts=True)
     views = turns.shape[1]
     hits = match_hashes(np.ascontiguousarray(hashes[:, 0]), hashes.reshape(-1, 8), distance, own=views)
     a, view, b = hits[:, 0]//views, hits[:, 0] % views, hits[:, 1]
-    rows = np.stack([a, view, turns[a, view], b, turns[b, 0], hits[:, 2]], axis=1)
+    rows = np.stack([a, np.where(view < len(list_views()), view, 0), turns[a, view], b, turns[b, 0], hits[:, 2]], axis=1)
     low, high = rows[:, [0, 3]].min(1), rows[:, [0, 3]].max(1)
     rows = rows[np.lexsort((rows[:, 1], rows[:, 5], high, low))]
     pair = rows[:, [0, 3]].min(1) << 32 | rows[:, [0, 3]].max(1)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ...core.errors import BadImage
-from ..images import SIDE, open_image
+from ..images import SIDE, decode_image
 
 # %% ../../../nbs/api/data/near/04_thumbs.ipynb #355f321f
 def draw_thumb(
@@ -25,9 +25,7 @@ def draw_thumb(
 
 def draw_plain_thumb(data: bytes) -> np.ndarray:
     "The picture by Pillow alone, uint8 (32, 32, 3): for a few images, as OpenCV and compiled code take seconds to load."
-    image = open_image(data, len(data), float("inf"))
-    image.draft("RGB", (2*SIDE, 2*SIDE))
-    if image.mode != "RGB": image = image.convert("RGB")
+    image = decode_image(data, len(data), float("inf"), 2*SIDE, upright=False)
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
 
 def read_jpeg_size(data: bytes) -> tuple[int, int]:
@@ -42,7 +40,7 @@ def _decode_small(data: bytes, size: int) -> np.ndarray | None:
     import cv2      # reads a JPEG a third faster than Pillow, and lets the other threads run
 
     from cvops_wb.data.near.pictures import average
-    scale = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}.get(1 << min(max(size//(2*SIDE), 1).bit_length() - 1, 3), cv2.IMREAD_COLOR)
+    scale = (cv2.IMREAD_COLOR, cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_COLOR_8)[min(max(size//(2*SIDE), 1).bit_length() - 1, 3)]
     picture = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), scale | cv2.IMREAD_IGNORE_ORIENTATION)
     if picture is None: return None
     out = np.empty((SIDE, SIDE, 3), dtype=np.uint8)

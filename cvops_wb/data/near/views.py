@@ -52,22 +52,24 @@ def _waves() -> np.ndarray:
 def hash_views(
     thumbs: np.ndarray,     # uint8 (N, 32, 32, 3)
     views: int = 0,         # the first so many; 0: all
+    doubts: bool = False,   # with three more, of the whole picture turned otherwise
 ) -> tuple[np.ndarray, np.ndarray]:
     "The upright hash of each view, uint8 (N, V, 8), and how it was turned, 0…7: (N, V)."
-    from cvops_wb.data.near.pictures import sign_waves
-    views = views or len(list_views())
-    words, turns, basis = np.empty((len(thumbs), views), dtype=np.uint64), np.empty((len(thumbs), views), dtype=np.uint8), _waves()[:, :views*64]
+    from cvops_wb.data.near.pictures import coarsen, sign_otherwise, sign_waves
+    views, more = views or len(list_views()), 3*doubts
+    words, turns = np.empty((len(thumbs), views + more), dtype=np.uint64), np.empty((len(thumbs), views + more), dtype=np.uint8)
+    basis = _waves()[:, :views*64]
 
     def run(at: int) -> None:
-        waves = _coarsen(thumbs[at:at + 128])@basis
-        sign_waves(waves.reshape(-1, 64), words[at:at + 128].reshape(-1), turns[at:at + 128].reshape(-1))
+        part = thumbs[at:at + 128]
+        grids = np.empty((len(part), COARSE**2 + 1), dtype=np.float32)      # the mean beside the grid: with it, float32 would round small waves to either side of nothing
+        coarsen(part, grids)
+        waves = (grids@basis).reshape(-1, 64)
+        word, turn = np.empty(len(waves), dtype=np.uint64), np.empty(len(waves), dtype=np.uint8)
+        sign_waves(waves, word, turn)
+        words[at:at + 128, :views], turns[at:at + 128, :views] = word.reshape(-1, views), turn.reshape(-1, views)
+        if doubts: sign_otherwise(waves[::views], turns[at:at + 128, 0], words[at:at + 128, views:], turns[at:at + 128, views:])
 
     # one thread of the algebra in each of ours
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(2) as pool: list(pool.map(run, range(0, len(thumbs), 128)))
-    return words.view(np.uint8).reshape(len(thumbs), views, 8), turns
-
-def _coarsen(thumbs: np.ndarray) -> np.ndarray:
-    "The grid without its mean, and the mean: beside it, float32 would round small waves to either side of nothing."
-    coarse = thumbs.reshape(-1, COARSE, 2, COARSE, 6).sum((2, 4), dtype=np.float32).reshape(-1, COARSE**2)
-    mean = coarse.mean(1, keepdims=True)
-    return np.hstack([coarse - mean, mean])
+    return words.view(np.uint8).reshape(len(thumbs), views + more, 8), turns

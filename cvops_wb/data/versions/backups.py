@@ -70,6 +70,7 @@ def _copy_journal(path: Path, scratch: Path) -> Path:
 def restore(path: Path | str, folder: Path | str) -> dict[str, int]:
     "A workbench from a backup, verified; `BadRecord` that names what is damaged."
     path, folder = Path(path).expanduser(), Path(folder).expanduser().absolute()
+    if not path.is_file(): raise WrongUsage("there is no such backup", got=path, fix="give the file that `cvops backup` wrote")
     if folder.exists() and any(folder.iterdir()): raise WrongUsage("the folder is not empty", got=folder, fix="restore into a new folder")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...core.errors import BadInput, UnknownName, WrongUsage
+from ...core.errors import BadInput, WrongUsage
 from ...core.records import Snapshot
 from ...core.settings import load_settings
 from ..snapshots import find_snapshot, locked, open_snapshot, record_version
@@ -46,7 +46,7 @@ def undo_labels(
     "Take corrections back, in a new version."
     settings = load_settings()
     standing, events = _find_standing(read_events(settings, "labels")), read_events(settings, "labels")
-    if not standing: raise BadInput("no label was corrected yet, or all corrections were taken back", fix="see `cvops labels --history`")
+    if not standing: raise BadInput("no label was corrected yet, or all corrections were taken back", fix="see `cvops labels`")
     named = find_ids(standing, ids)
     last = max(events.index(stack[-1]) for stack in standing.values())
     chosen = named or [id for id, stack in standing.items() if stack[-1]["action"] == events[last]["action"]]
@@ -77,11 +77,12 @@ def _record(settings: Any, rows: list[tuple[str, str, str]], by: str, message: s
         return record_version(settings, table, message)
 
 def find_ids(known: Iterable[str], ids: Iterable[str]) -> list[str]:
-    "Whole ids for ids and their beginnings; `UnknownName` for one that is none or several."
+    "Whole ids for ids and their beginnings; `WrongUsage` for one that is none or several."
     known, found = list(known), []
     for id in ids:
         matching = [k for k in known if k.startswith(id)] if id else []
-        if len(matching) != 1: raise UnknownName("sample", id, known[:2000] if len(known) < 200 else known[:20], fix="ids stand in the sample table, in the App and in `cvops diff --json`")
+        if len(matching) > 1: raise WrongUsage("several samples begin so", got=f"{id!r}, as {len(matching)} of {len(known):,}", fix="give more digits of the id")
+        if not matching: raise WrongUsage(f"unknown sample {id!r}", got=f"none of {len(known):,} begins so", fix="an id has 16 digits; ids stand in the sample table, in the App and in `cvops diff --json`")
         found += [matching[0]] if matching[0] not in found else []
     return found
 

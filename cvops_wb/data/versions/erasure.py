@@ -97,7 +97,7 @@ def _carry_out(settings: Settings, plan: dict[str, Any]) -> dict[str, Any]:
         elif receipt["versions"]: receipt |= _leave_current(settings, images, receipt["versions"])
         if all(event.get("request") != plan["request"] for event in read_events(settings, "forgotten")):
             append_event(settings, "forgotten", event="forgotten", request=plan["request"], **receipt)
-        if versions: make_current(settings, find_snapshot().id, f"{len(images)} images forgotten")
+        if versions: make_current(settings, find_snapshot().id, f"{len(images)} image{'s'*(len(images) != 1)} forgotten")
         if receipt["history"]: receipt |= _purge(settings, plan["gone"])
     (settings.store/INTENT).unlink()
     return receipt
@@ -172,7 +172,7 @@ def _erase_rows(path: Path, ids: set[str]) -> int:
 def _leave_current(settings: Settings, images: set[str], inside: list[str]) -> dict[str, Any]:
     current = find_snapshot()
     table = open_snapshot(current).table
-    new = record_version(settings, table[~table["sha256"].isin(images)].reset_index(drop=True), f"{len(images)} images forgotten")
+    new = record_version(settings, table[~table["sha256"].isin(images)].reset_index(drop=True), f"{len(images)} image{'s'*(len(images) != 1)} forgotten")
     return {"current": new.id, "still_in": sorted(set(inside) - {new.id})}
 
 def _rewrite_versions(settings: Settings, versions: list[Any], images: set[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ...core.errors import BadInput
 from ...core.files import join_within, write_atomic
+from ...core.kinds import find_kind
 from . import ANSWER_COLUMNS, label_tools
 
 # %% ../../../nbs/api/label/tools/02_files.ipynb #9081760d
@@ -96,7 +97,8 @@ def to_folder(name: str) -> str:
     return re.sub(r"[^\w .+-]", "_", name).strip(" .")[:80] or "_"
 
 def _name_kind(image: bytes) -> str:
-    return ".png" if image[:4] == b"\x89PNG" else ".webp" if image[8:12] == b"WEBP" else ".jpg"
+    kind = find_kind(image)
+    return kind.ext if kind else ".jpg"
 
 def _guard(value: str) -> str:
     return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t") else value     # else a spreadsheet runs it

@@ -63,9 +63,10 @@ def _open(rows: pd.DataFrame, reference: pd.DataFrame, bento: Bento, spec: Spotc
     return open_check(rows, bento.version, spec, estimator, settings)
 
 def _show(drawn: list[dict[str, Any]], settings: Settings) -> pd.DataFrame:
+    from cvops_wb.data import show_image
     table = pd.DataFrame({"id": [row["id"] for row in drawn]})
     images = find_images(table, settings)
-    return table.assign(image=[images.get(sample) for sample in table["id"]])
+    return table.assign(image=[show_image(images[sample]) if sample in images else None for sample in table["id"]])
 
 # %% ../../../nbs/api/watch/accuracy/03_asking.ipynb #as000002
 def draw_pairs(rows: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:

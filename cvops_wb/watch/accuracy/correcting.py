@@ -57,10 +57,12 @@ class Sheet:
 def label_here(sheet: Sheet, read: Callable[[str], bytes], classes: Sequence[str]) -> Any:
     "The widget of a sheet; `read` gives the file of a sample."
     import ipywidgets as widgets
+
+    from cvops_wb.data import show_image
     picture, told = widgets.Image(layout=widgets.Layout(max_width="420px", max_height="420px")), widgets.HTML()
     other = widgets.Text(placeholder="another class, and Enter", continuous_update=False)
     def show() -> None:
-        picture.value = read(sheet.now[0]) if sheet.now else b""
+        picture.value = show_image(read(sheet.now[0])) if sheet.now else b""
         where = f"{sheet.at + 1} of {len(sheet.samples)}: {escape(sheet.answers.get(*sheet.now))}" if sheet.now else "that was the last one: save"
         told.value = f"<p>{where}; {len(sheet.answers)} not saved</p><p>{escape(sheet.said)}</p>"
     def make(name: str, act: Callable[[], None], style: str = "") -> Any:
