@@ -161,6 +161,25 @@ def test_cut_off_it_goes_on(shelf, monkeypatch, capsys):
     assert tables[0].equals(tables[1]) and not list((settings.cache/"checkpoints").iterdir())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gain, taken", [(99., "int8"), (0., "fp32")])
+def test_eight_bits_are_taken_where_they_pay(shelf, monkeypatch, gain, taken):
+    from cvops_wb.learn import exporting
+    from cvops_wb.serve import Classifier, verify_model
+    settings, snapshot = shelf
+    monkeypatch.setattr(exporting, "GAIN", gain)
+    monkeypatch.setattr(exporting.choose_precision, "__defaults__", (1.,))      # whatever it loses: what is asked here is the time
+    candidate = train(snapshot, replace(TINY, epochs=1, precision="auto"), room(settings, f"train-{taken}"))
+    model = read_model(locate(candidate.model))
+    said = model.card["precision"]
+    assert said["taken"] == taken and len(model.onnx) == said[taken]["bytes"] and said["int8"]["bytes"] != said["fp32"]["bytes"] and said["int8"]["ms"] > 0
+    image = open_snapshot(snapshot)
+    engine = Classifier(verify_model(model.folder))
+    answer = engine.predict(image.read(image.table["id"][0]))
+    assert abs(answer.scores.sum() - 1) < 1e-5 and answer.label in model.classes
+    assert candidate.metrics["accuracy"] == pytest.approx(said[taken]["metric"], abs=1e-4), "the metric is that of the graph that is served"
+
+
 def test_pixels_are_those_of_the_service(shelf):
     "What evaluation feeds the model is what `resize_image(decode_image(bytes))` gives in service."
     from cvops_wb.data import decode_image, resize_image

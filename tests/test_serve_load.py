@@ -132,10 +132,10 @@ class Slow:
 
     def __init__(self, engine): self.model, self.engine, self.running, self.most, self.lock = engine.model, engine, 0, 0, threading.Lock()
 
-    def look(self, data, opened=None):
+    def look(self, data, opened=None, measured=False):
         with self.lock: self.running += 1; self.most = max(self.most, self.running)
         time.sleep(.02)
-        try: return self.engine.look(data, opened)
+        try: return self.engine.look(data, opened, measured)
         finally:
             with self.lock: self.running -= 1
 

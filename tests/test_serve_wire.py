@@ -160,3 +160,11 @@ def test_a_slow_version_takes_the_usual_way(app, ways):
 def test_an_end_is_told(app, ways):
     app.closing = True
     assert ask(app, PLAIN["raw"])[0][1]["connection"] == "close" and ways == []
+
+
+def test_while_others_wait_an_image_is_measured_before_its_answer(app, ways, tmp_path):
+    app.classifier.seconds, app.gate.inside = .03, app.threads      # one waits, and a slow network makes it the usual way
+    ask(app, make_request("/predict", JPEG, "image/jpeg", X_Request_Id="busy"))
+    [line] = [line for path in (tmp_path/"log").glob("*.jsonl") for line in path.read_text().splitlines()]
+    assert "measured" not in json.loads(line) and json.loads(line)["brightness"] > 0 and app.gate.inside == app.threads
+    app.gate.inside = 0

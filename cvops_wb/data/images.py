@@ -142,7 +142,8 @@ def measure_image(
     return _measure(_shrink(image))
 
 def _shrink(image: Image.Image) -> Image.Image:
-    if min(image.size) >= 2*THUMB: image = image.reduce((image.width//(2*THUMB) or 1, image.height//(2*THUMB) or 1))
+    factors = image.width//(2*THUMB) or 1, image.height//(2*THUMB) or 1
+    if min(image.size) >= 2*THUMB and factors != (1, 1): image = image.reduce(factors)      # by 1 it would be a copy
     return image.resize((THUMB, THUMB), Image.Resampling.BOX)
 
 def _measure(thumb: Image.Image) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -178,21 +178,22 @@ class Classifier:
         measured: bool = True,      # its light, contrast and the rest as well
     ) -> Answer:
         "The answer to one image; `BadImage` with a reason."
-        answer, image = self.look(data)
-        return replace(answer, statistics={**self.measure(image), **answer.statistics}) if measured else answer
+        return self.look(data, measured=measured)[0]
 
     def look(
         self,
         data: bytes | np.ndarray,
         opened: Any = None,         # the same image, its header read already
+        measured: bool = False,     # before the network runs: it leaves the image's pixels in no cache
     ) -> tuple[Answer, Any]:
         "The answer to one image, and the image, so that it can be measured later; `BadImage` with a reason."
         if opened is not None: image = self.load(opened)
         else: image = self.decode(data, self.max_bytes, self.max_megapixels) if isinstance(data, bytes) else self.wrap(data)
-        raw, embedding = self.ask(self.resize(image, self.model.size))
+        pixels, facts = self.resize(image, self.model.size), self.measure(image) if measured else {}
+        raw, embedding = self.ask(pixels)
         data = data if isinstance(data, bytes) else data.tobytes()
         said = READERS[self.task](raw, self.model, image.width, image.height)
-        facts = {"width": image.width, "height": image.height, "bytes": len(data)}
+        facts |= {"width": image.width, "height": image.height, "bytes": len(data)}
         return Answer(hashlib.sha256(data).hexdigest()[:16], *said[:4], embedding, facts, said[4]), image
 
     def wrap(self, pixels: np.ndarray) -> Any:

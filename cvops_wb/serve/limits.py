@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from math import ceil
@@ -233,6 +234,10 @@ def check_host(host: str, tokens: tuple[bytes, ...]) -> str:
 
 def is_loopback(address: str) -> bool:
     "Whether an address is this machine's own."
+    return _is_own(address) if len(address) < 64 else False
+
+@lru_cache(1024)
+def _is_own(address: str) -> bool:
     try: return ip_address(address.split("%")[0].strip("[]")).is_loopback
     except ValueError: return address == "localhost"
 

@@ -92,7 +92,8 @@ def see(app: State, data: bytes | Any, request: Request, version: int | None = N
     answer, image, choice = answer_caller(app, data, request, version)
     request.parts.append(("look", begin, logged := perf_counter()))
     ours, latency, raw = choice.loaded, round((perf_counter() - request.begin)*1e3, 3), isinstance(data, bytes)
-    measure_later(request, image, note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag, request_id=name_part(request.id, place)), room=True))
+    fill = note(app, request, ours, to_row(answer, latency_ms=latency, arm=choice.tag, request_id=name_part(request.id, place)), room="phash" not in answer.statistics)
+    if fill: measure_later(request, image, fill)
     if raw: request.after.append(partial(app.pictures.offer, answer.id, data, answer.confidence, request.headers, boxes))
     if choice.shadow: app.pool.submit(shadow, app, data, request, choice.shadow, choice.tag)
     request.parts.append(("prediction row", logged, perf_counter()))
@@ -111,17 +112,18 @@ def call_version(app: State, version: int) -> Loaded:
 
 def answer_caller(app: State, data: bytes | Any, request: Request, version: int | None = None) -> tuple[Answer, Any, Choice]:
     "The version that is called, else whoever is to answer this caller, its answer and the image; the champion if the challenger cannot."
+    busy = app.gate.inside > app.threads    # somebody waits: what is left for later, when the image is in no cache, costs him more
     if version is not None:
         called = call_version(app, version)
-        return *called.engine.look(data), Choice(called, CHAMPION, "", called)
+        return *called.engine.look(data, measured=busy), Choice(called, CHAMPION, "", called)
     choice = app.traffic.choose(request.headers.get("x-caller") or request.id)
-    try: return *choice.loaded.engine.look(data, request.opened), choice
+    try: return *choice.loaded.engine.look(data, request.opened, busy), choice
     except BadImage: raise
     except Exception:
         if choice.arm != CHALLENGER: raise
         logging.exception("version %s failed on request %s; the champion answers", choice.loaded.version, request.id)
         note(app, request, choice.loaded, {"arm": choice.tag, "failed": 1})
-        return *choice.fallback.engine.look(data), replace(choice, loaded=choice.fallback, arm=CHAMPION, tag="")
+        return *choice.fallback.engine.look(data, measured=busy), replace(choice, loaded=choice.fallback, arm=CHAMPION, tag="")
 
 def shadow(app: State, data: bytes, request: Request, loaded: Loaded, tag: str) -> None:
     "In a thread, after the answer: what the challenger would have said, for the log alone."
@@ -138,14 +140,13 @@ def shadow(app: State, data: bytes, request: Request, loaded: Loaded, tag: str) 
 
 HELD = 4_000_000        # pixels of an image that is held until its answer is out
 
-def measure_later(request: Request, image: Any, fill: Callable[[Mapping[str, Any]], None] | None) -> None:
+def measure_later(request: Request, image: Any, fill: Callable[[Mapping[str, Any]], None]) -> None:
     "Have an image's light measured when its answer is out; at once where it is large, or one of several, so that memory holds one."
     def measure() -> None:
         found: Mapping[str, Any] = {}
         try: found = measure_image(image)
         finally: fill(found)
     from cvops_wb.data import measure_image
-    if fill is None: return
     if request.after or image.width*image.height > HELD: measure()
     else: request.after.append(measure)
 
