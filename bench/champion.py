@@ -1,7 +1,7 @@
 """A champion of the workbench's own kind for a bench: the product's network, recipe and loop on images in memory, kept in the cache by what it has learnt from.
 
     from champion import learn_champion
-    look = learn_champion(images, labels, epochs=16)      # look(images) → classes, chances (N, K), embeddings (N, D)
+    look = learn_champion(images, labels, epochs=12)      # look(images) → classes, chances (N, K), embeddings (N, D)
 """
 import hashlib
 import os
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 REPO = Path(__file__).parents[1]
-SIZE = 96       # of the images in service, pixels
+SIZE = 64       # of the images in service, pixels
 
 
 def to_pixels(images, size):
@@ -41,7 +41,7 @@ def fit_network(network, pixels, labels, epochs, seed, path):
     kept.drop()
 
 
-def learn_champion(images, labels, epochs=16, seed=0):
+def learn_champion(images, labels, epochs=12, seed=0):
     "Train, or take what was trained on the same images before; what it returns looks at other images."
     import torch
     from safetensors.torch import load_file, save_file

@@ -114,7 +114,7 @@ def draw_photos(count: int) -> tuple[list[Image.Image], list[str]]:
 class World:
     "Clean and corrupted rows of one set of images, with the answers of a champion that was trained on other images."
 
-    def __init__(self, name: str, images: list[Image.Image], labels: list[str], corruptions: list[str], epochs: int = 16):
+    def __init__(self, name: str, images: list[Image.Image], labels: list[str], corruptions: list[str], epochs: int = 12):
         from champion import learn_champion
         self.name, rng, labels = name, np.random.default_rng(1), np.array(labels)
         classes = np.array(sorted(set(labels)))
@@ -364,6 +364,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=PHOTOS)
     parser.add_argument("--runs", type=int, default=0, help="streams a change; 1 if quick, else 9")
     parser.add_argument("--nulls", type=int, default=0, help="healthy windows of each set of images; 400 if quick, else 5,000")
+    parser.add_argument("--sets", nargs="*", choices=["grocery", "drawn"], help="of images; grocery alone if quick, else both")
     parser.add_argument("--alibi", type=Path, default=REPO/".cvops"/"peers"/"alibi"/"bin"/"python")
     parser.add_argument("--frouros", type=Path, default=REPO/".cvops"/"peers"/"frouros"/"bin"/"python")
     options = parser.parse_args()
@@ -374,8 +375,9 @@ def main() -> None:
     names = ["dark", "blur"] if options.quick else list(CORRUPTIONS)
     sets = {"grocery": lambda: read_photos(options.photos, 240 if options.quick else 2640), "drawn": lambda: draw_photos(60 if options.quick else 600)}
     rows: list[dict] = []
-    for name, make in list(sets.items())[:1 if options.quick else 2]:
-        world = World(name, *make(), names, 2 if options.quick else 16)
+    for name in options.sets or list(sets)[:1 if options.quick else 2]:
+        make, done = sets[name], len(rows)
+        world = World(name, *make(), names, 2 if options.quick else 12)
         changes = world.list_changes()
         if not rows: rows += compare_speed(world, 2 if options.quick else 7, rng)
         alarms = count_alarms(world, nulls, rng)
@@ -384,6 +386,7 @@ def main() -> None:
                         note=f"{alarms} in {nulls} windows" + ("" if nulls >= 5000 else "; too few windows to meet it")))
         delays, ours = compare_delays(world, changes, runs, 400 if options.quick else 4000, rng)
         rows += delays
+        for r in rows[done:]: print(r, file=sys.stderr, flush=True)
         some = dict(list(changes.items())[:2]) if options.quick else changes
         rows += compare_peers(world, some, {"alibi": options.alibi, "frouros": options.frouros}, ours, rng, rows[0]["ours"])
     print("| measure | ours | peer | | ratio | goal | met | note |\n|---|---|---|---|---|---|---|---|")

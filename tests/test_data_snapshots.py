@@ -299,3 +299,23 @@ def test_a_kill_leaves_the_old_version_or_the_new(shelf, photos, tmp_path, monke
     assert last.parent == snapshot.id and last.dvc in pointer.read_text() and not list(settings.versioned.rglob("*.part"))
     digests = {line.split()[-1] for text in seen for line in text.splitlines() if line.startswith("- md5")}
     assert digests <= {snapshot.dvc, last.dvc}
+
+
+def test_only_new_shards_are_listed(tmp_path, monkeypatch):
+    "What stands in a shard is remembered; what was remembered and is damaged is asked again."
+    from cvops_wb.data import shards
+    store = {hashlib.sha256(b"%d" % k).hexdigest(): b"%d" % k*100 for k in range(100)}
+    store = {hashlib.sha256(word).hexdigest(): word for word in store.values()}
+    wanted, asked, kept = [(name, ".png", len(word)) for name, word in store.items()], [], tmp_path/"kept"
+    monkeypatch.setattr(shards, "list_images", lambda path, real=shards.list_images: asked.append(path.name) or real(path))
+    def pack(count):
+        asked.clear()
+        return pack_images(wanted[:count], tmp_path/"shards", store.get, most=2000, kept=kept)
+    first = set(list_shards(pack(60)))
+    whole = pack(100)
+    assert set(asked) == set(list_shards(whole)) - first and len(first) > 4
+    assert pack(100).get(wanted[7][0]) == whole.get(wanted[7][0]) and asked == []
+    kept.write_bytes(kept.read_bytes()[:-3])
+    assert pack(100).get(wanted[7][0]) == whole.get(wanted[7][0]) and set(asked) == set(list_shards(whole))
+    path, start, size, name = whole.get(wanted[7][0][:16])
+    assert name == wanted[7][0] and path.read_bytes()[start:start + size] == store[name]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_data_snapshots import make_bench, room, select
 
-from cvops_wb.core.errors import BadRecord, UnknownName
+from cvops_wb.core.errors import BadRecord, UnknownName, WrongUsage
 from cvops_wb.core.settings import load_settings
 from cvops_wb.data import shards
 from cvops_wb.data.snapshots import SnapshotSpec, find_snapshot, open_snapshot, read_current, take_snapshot
@@ -105,6 +105,7 @@ def test_the_difference(copy):
     assert page.count("<img ") == 3 and "<script" not in page
     code, told = call("diff", first.id[:6])
     assert code == 0 and told["counts"] == found.counts and (settings.root/told["page"]).is_file()
+    assert call("diff")[1]["counts"] == found.counts    # what the current version changed
 
 
 @pytest.mark.parametrize("command", [["checkout"], ["diff"]])
@@ -282,8 +283,12 @@ def test_events_cannot_be_changed_unseen(workbench):
         with pytest.raises(BadRecord): read_events(workbench, "labels")
 
 
-def test_unknown_names(copy):
+def test_unknown_names(copy, tmp_path):
+    from cvops_wb.data.versions.backups import restore
+    from cvops_wb.data.versions.corrections import find_ids
     with pytest.raises(UnknownName): checkout_version("nothing")
+    with pytest.raises(WrongUsage, match="several samples"): find_ids(["ab12", "ab13"], ["ab"])
+    with pytest.raises(WrongUsage, match="no such backup"): restore(tmp_path/"none.tar", tmp_path/"new")
 
 
 def test_relabel_undo_and_history(copy):

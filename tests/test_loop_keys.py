@@ -198,3 +198,17 @@ def test_no_heavy_import():
 def test_code_that_is_none_starts_nothing(make):
     with pytest.raises(BadInput, match="05_train.ipynb is not Python"): make(code="for x in")
     with pytest.raises(BadInput, match="helper.py is not Python"): make(local="def f(:")
+
+
+def test_what_a_process_of_its_own_runs_belongs_to_the_key(monkeypatch):
+    "The data set for FiftyOne's App is built in another process, by name: its builder is followed all the same."
+    before = reach("from cvops_wb.data import index_samples").hashes["cvops_wb.data.views"]
+    monkeypatch.setattr(Path, "read_text", _change(Path.read_text, "views.py", '"set aside": dataset', '"put aside": dataset'))
+    assert reach("from cvops_wb.data import index_samples").hashes["cvops_wb.data.views"] != before
+
+
+def _change(read, name, old, new):
+    def changed(path, *args, **options):
+        text = read(path, *args, **options)
+        return text.replace(old, new) if path.name == name else text
+    return changed

@@ -72,6 +72,35 @@ def test_it_says_where_it_cannot_know():
     assert not Estimator.learn(imagine(100, rng)).estimate(imagine(50, rng).assign(confidence=np.nan)).known
 
 
+def say_far(streams, known=300, count=300, new=0., band=True):
+    "The share of windows of which it is said that images are far from every class; `new`: the part of them that is of a kind of its own."
+    from cvops_wb.watch.accuracy import openness
+    said = 0
+    for seed in range(streams):
+        rng = np.random.default_rng([7, seed])
+        seen = openness.Openness.learn(np.stack(imagine(known, rng, 2.)["embedding"]))
+        window = np.stack(imagine(count, rng, 2.)["embedding"])
+        window[:int(new*count)] = rng.normal(size=(int(new*count), 16))*.5 - 2*MIDDLES.mean(0)*8
+        said += seen.judge(window, .01 if band else 1.)[0] > 0
+    return said/streams
+
+
+def test_images_are_called_far_as_seldom_as_promised(): assert say_far(80) <= .03
+
+
+def test_without_the_band_healthy_windows_would_be_called_far(): assert say_far(40, band=False) > .5
+
+
+def test_a_kind_of_its_own_is_called_far(): assert say_far(20, new=.3) >= .9
+
+
+def test_the_same_image_twice_is_one():
+    from cvops_wb.watch.accuracy.openness import Openness
+    rng = np.random.default_rng(5)
+    points = np.stack(imagine(200, rng, 2.)["embedding"])
+    assert Openness.learn(np.concatenate([points]*4)).judge(np.stack(imagine(300, rng, 2.)["embedding"]))[0] == 0
+
+
 def test_a_reference_without_labels_is_said():
     with pytest.raises(BadInput): Estimator.learn(imagine(300, np.random.default_rng(0)).assign(label=""))
 

@@ -1,10 +1,11 @@
 "Evidently's page: mended, safe, self-contained, and drawn."
+import importlib
 import json
 
 import pytest
 from watch_bench import rename, take_picture
 
-from cvops_wb.core.errors import BadInput, ToolFailed
+from cvops_wb.core.errors import BadInput, CvopsError, ToolFailed
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.reports import mend_html, restore_lists, write_evidently
 
@@ -195,3 +196,19 @@ def test_a_hundred_hostile_strings_on_every_page_in_a_browser(workbench, tmp_pat
             assert tab.evaluate("window.hacked ?? 0") == 0 and [url for url in asked if not url.startswith(("file:", "data:"))] == [], name
             assert "window.hacked" in tab.inner_text("body") or name in ("workbench", "mail"), name     # the text is there, as text
         browser.close()
+
+
+def test_the_workspace_of_evidentlys_own_pages_keeps_each_look(workbench):
+    from cvops_wb.watch.reports import keep_run, quick_imports, run_evidently
+    columns, folder = ["brightness", "confidence"], workbench.root/"evidently"
+    run = run_evidently(make_window(120, seed=1)[columns], make_window(120, seed=2, darker=.4)[columns], columns, .01, .3)
+    for look in range(2): keep_run(run, folder, f"shop 1: look {look}")
+    with quick_imports(): workspace = importlib.import_module("evidently.ui.workspace").Workspace.create(str(folder))
+    project, = workspace.list_projects()
+    assert project.name == "shop 1" and len(workspace.list_runs(project.id)) == 2
+    texts = [path.read_text() for path in folder.rglob("snapshots/*.json")]
+    assert len(texts) == 2 and all("brightness" in text and '"bdata"' not in text for text in texts)
+
+
+def test_a_workspace_lies_inside_the_workbench(workbench):
+    with pytest.raises(CvopsError): write_evidently(make_window(60, seed=1), make_window(60, seed=2), workbench.root/"evidently.html", workspace="../elsewhere")

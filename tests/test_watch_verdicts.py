@@ -7,6 +7,7 @@ from cvops_wb.core.errors import BadInput, BadRecord
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.verdicts import Watcher, explain
 from cvops_wb.watch.verdicts.bets import PARTS, Bettor, find_seats, make_table
+from cvops_wb.watch.verdicts.offenders import list_suspicions, tell_lane
 from cvops_wb.watch.verdicts.scans import Scan
 from cvops_wb.watch.verdicts.scores import CELLS, Lane, choose_columns
 from cvops_wb.watch.verdicts.watchers import dump_watcher, load_watcher, to_milliseconds
@@ -223,3 +224,13 @@ def test_a_small_reference_still_sees_what_is_large():
 def test_a_number_whose_middle_stands_still_is_told_by_what_moved(before, now, words):
     from cvops_wb.watch.verdicts.offenders import tell_edge
     assert tell_edge("width", np.asarray(before, float), np.asarray(now, float)).startswith(words)
+
+
+@pytest.mark.parametrize("move, words", [(lambda e: e + np.float32(3), "a new kind"), (lambda e: REFERENCE["embedding"].iloc[3], "the same again?")], ids=["far", "frozen"])
+def test_new_images_and_the_same_again_are_told_apart(move, words):
+    late = make_window(300, seed=12).assign(embedding=lambda w: [move(e) for e in w["embedding"]])
+    watcher = Watcher.learn(REFERENCE)
+    watcher.add(late)
+    suspicions = list_suspicions(watcher, late, to_milliseconds(late["time"]))
+    told = {tell_lane(s.lane, REFERENCE, late, s.up)[0] for s in suspicions if s.lane.part == "far from known"}
+    assert len(told) == 1 and words in told.pop()

@@ -134,6 +134,7 @@ class Monitor:
     damage_margin: float = .05  # accuracy that may be lost before a new training is asked for
     damage_floor: float = 0.    # accuracy below which it is asked for in any case; 0: none
     cooldown_hours: float = 24. # between two triggers
+    workspace: str = ""         # a folder that keeps each report for Evidently's own pages; empty: none
 
 @dataclass(frozen=True)
 class Alerts:

@@ -27,7 +27,7 @@ _rooms = {
     "Store": "store", "read_samples": "store", "write_samples": "store", "read_blob": "store", "list_samples": "store", "list_rejected": "store",
     "decode_image": "images", "open_image": "images", "load_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images", "show_image": "images",
     "make_synthetic": "planting", "SynthSpec": "planting", "is_synthetic": "planting",
-    "corrupt": "corruptions", "list_corruptions": "corruptions",
+    "cut_crops": "crops", "can_cut": "crops", "corrupt": "corruptions", "list_corruptions": "corruptions",
     "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "hash_drawing": "synthesis", "TrafficSpec": "synthesis",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -131,9 +131,7 @@ def pack_images(
     for left in folder.glob(".*.part"): left.unlink()   # of a write that was killed
     known = list_contents(sorted(folder.glob("*.tar")), list_images, kept)
     absent = {wanted[k][0]: wanted[k] for k in np.flatnonzero(known.find(hashes) < 0)}
-    new = adopt_shards(ahead, folder, {image[0] for image in wanted}, absent.keys()) if ahead and absent else []
-    for path in new:
-        for sha256, _, _ in list_images(path): absent.pop(sha256, None)
+    new = adopt_shards(ahead, folder, {image[0] for image in wanted}, absent) if ahead and absent else []
     with ThreadPoolExecutor(4) as pool:     # reading, hashing and waiting for the disk go on beside each other
         written = pool.map(lambda chunk: _write_shard(chunk, folder, read), _fill(sorted(absent.values()), most))
         new += list(show_progress(written, "pack", unit="shard")) if absent else []
@@ -220,17 +218,18 @@ def adopt_shards(
     ahead: Path,            # what was packed ahead
     folder: Path,           # the shards of the versions
     wanted: Set[str],       # hashes of the images of a version
-    absent: Set[str],       # those of them that stand in no shard yet
+    absent: dict[str, Any], # those of them that stand in no shard yet; what is taken in goes from it
 ) -> list[Path]:
     "Take those shards in that hold nothing but wanted images, at least one of them new; where they stand now."
-    taken, found = [], set()
+    taken = []
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(ahead.glob("*.tar")):
         if not recall_hash(ahead, path): continue   # a kill came between the shard and its note
         images = {sha256 for sha256, _, _ in list_images(path)}
-        if not images <= wanted or not images & absent - found: continue
+        if not images <= wanted or absent.keys().isdisjoint(images): continue
         _take(path, folder/path.name)
-        taken, found = [*taken, folder/path.name], found | images
+        taken.append(folder/path.name)
+        for sha256 in images: absent.pop(sha256, None)
     if taken: sync_folder(folder)
     return taken
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -183,7 +184,7 @@ def list_views(dataset: Any, fields: Any) -> dict[str, Any]:
         "set aside": dataset.match(fields("split") == "none"),
         "oddest first": dataset.sort_by("oddness", reverse=True),
         "outliers first": dataset.sort_by("outlier", reverse=True),
-        "leaks": dataset.match_tags("leak"),
+        "leaks": dataset.match(fields("group").is_in(dataset.match_tags("leak").distinct("group"))).sort_by("group"),     # beside what they are like
     }
 
 VIEWS = ("duplicates and scenes", *SPLITS, "set aside", "oddest first", "outliers first", "leaks")
@@ -211,13 +212,13 @@ def index_samples(
     points = embed_samples(list(table["id"]), lambda id: read_blob(rows[id], settings), embedder, settings.cache/"embeddings")
     write_picture(out/"map.png", draw_map(table, place_samples(points)))
     with open_database(settings) as address:
-        told = call([sys.executable, "-c", _BUILDER, samples, name, embedder.name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))
+        told = call([sys.executable, "-c", _BUILDER.format(run_builder.__name__), samples, name, embedder.name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))
     found = json.loads(told.splitlines()[-1])
     marker = {"dataset": name, "count": found["count"], "samples": selection.samples, "table_sha256": selection.table_sha256, "views": found.pop("views")}
     write_atomic(find_marker(settings, name), dump_json(marker))
     return View(Path(selection.samples).parent.name, name, **found)
 
-_BUILDER = "import sys; from cvops_wb.data.views import run_builder; run_builder(*sys.argv[1:])"
+_BUILDER = "import sys; from cvops_wb.data.views import {0}; {0}(*sys.argv[1:])"      # named where it is used, so that the stage's key knows its code
 
 def run_builder(samples: str, name: str, embedder: str = "") -> None:
     "Build a data set in the database that the environment names, and print what is in it; for a process of its own."
@@ -252,7 +253,8 @@ def find_marker(settings: Settings, dataset: str) -> Path:
     return settings.cache/"fiftyone"/f"{dataset}.json"
 
 def _find_files(settings: Settings, table: pd.DataFrame) -> list[Path]:
-    return [show_blob({"sha256": sha256, "ext": ext}, settings) for sha256, ext in zip(table["sha256"], table["ext"], strict=True)]
+    with ThreadPoolExecutor(2) as pool:     # a TIFF is drawn for the browser
+        return list(pool.map(lambda row: show_blob({"sha256": row.sha256, "ext": row.ext}, settings), table[["sha256", "ext"]].itertuples()))
 
 # %% ../../nbs/api/data/16_views.ipynb #5e38bc49
 def build_dataset(fiftyone: Any, name: str, facts: list[dict[str, Any]], saved: Mapping[str, Sequence[str]] = MappingProxyType({})) -> Any:
@@ -263,6 +265,7 @@ def build_dataset(fiftyone: Any, name: str, facts: list[dict[str, Any]], saved: 
     dataset.add_samples([_make_sample(fiftyone, dict(fact)) for fact in facts], progress=False)
     save_views(dataset, fiftyone.ViewField, saved)
     dataset.app_config.sidebar_groups = _arrange_sidebar(fiftyone)
+    if hasattr(fiftyone, "ActiveFields"): dataset.app_config.active_fields = fiftyone.ActiveFields(paths=["tags", "label", "objects", "split"])   # what is written on the images
     dataset.save()
     if fiftyone.dataset_exists(name): fiftyone.delete_dataset(name)
     dataset.name = name

@@ -108,7 +108,8 @@ def _describe_selection(r: Any) -> str:
 # %% ../../nbs/api/loop/03_runs.ipynb #b3b8f51f
 def _describe_candidate(r: Any) -> str:
     metric = next((name for name in ("accuracy", *r.metrics) if name in r.metrics), "")
-    return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}" if metric else "")
+    chance = f" (chance {r.metrics['chance']:.3f})" if metric == "accuracy" and "chance" in r.metrics else ""
+    return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}{chance}" if metric else "")
 
 def _classes(names: Any) -> str: return f"{len(names)} class" + ("" if len(names) == 1 else "es")
 

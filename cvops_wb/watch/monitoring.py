@@ -151,7 +151,7 @@ def write_sheet(path: Path, state: DriftState, window: pd.DataFrame, title: str 
 
 def _write_peers(reference: pd.DataFrame, window: pd.DataFrame, page: Path, title: str) -> None:
     from cvops_wb.watch.reports import write_evidently, write_whylogs
-    write_evidently(reference, window, page, share=load_settings().monitor.drift_share, title=title)
+    write_evidently(reference, window, page, share=(given := load_settings().monitor).drift_share, title=title, workspace=given.workspace)
     for name, rows in (("reference", reference), ("window", window)): write_whylogs(rows, page.with_name(f"whylogs-{name}.bin"))
 
 def measure_accuracy(window: pd.DataFrame) -> float | None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICY', 'SKIPPED', 'restore_lists', 'dump_script', 'mend_html', 'quick_imports', 'choose_columns', 'hide_unknown',
-           'judge_categories', 'register_test', 'write_evidently', 'write_whylogs', 'run_evidently']
+           'judge_categories', 'register_test', 'write_evidently', 'write_whylogs', 'run_evidently', 'keep_run']
 
 # %% ../../nbs/api/watch/03_reports.ipynb #a81d7f3f
 import base64
@@ -25,6 +25,7 @@ import pandas as pd
 from ..core.drawing import escape
 from ..core.errors import BadInput, ToolFailed, needs
 from ..core.files import write_atomic
+from ..core.places import locate
 from ..core.processes import hush
 
 # %% ../../nbs/api/watch/03_reports.ipynb #c32243ac
@@ -115,6 +116,7 @@ def write_evidently(
     alpha: float = .01,     # chance of any false alarm: each column gets its part (Bonferroni)
     share: float = .3,      # share of drifted columns that is called drift
     title: str = "Data drift",
+    workspace: str = "",    # a folder of Evidently's UI, relative to the workbench, that keeps the report too; empty: none
 ) -> Path:
     "Evidently's report on a window: drift, the quality of answers where labels are known, and a summary of each column."
     reference, window = hide_unknown(reference), hide_unknown(window)
@@ -122,8 +124,9 @@ def write_evidently(
     if not numbers + categories:
         raise BadInput("there is no column to report on", got=", ".join(map(str, window)) or "no columns",
                        fix="give frames with the columns of the prediction log")
-    page = run_evidently(reference[numbers + categories], window[numbers + categories], numbers, alpha/len(numbers + categories), share)
-    return write_atomic(path, mend_html(page, title), durable=False)
+    run = run_evidently(reference[numbers + categories], window[numbers + categories], numbers, alpha/len(numbers + categories), share)
+    if workspace: keep_run(run, locate(workspace), title)
+    return write_atomic(path, mend_html(run.get_html_str(as_iframe=False), title), durable=False)
 
 def write_whylogs(rows: pd.DataFrame, path: Path) -> Path:
     "whylogs' profile of the columns that are numbers or words, for those who read them elsewhere."
@@ -134,8 +137,8 @@ def write_whylogs(rows: pd.DataFrame, path: Path) -> Path:
         kept = [name for name in rows if name not in ("embedding", "scores", "objects")]
         return write_atomic(path, whylogs.log(rows[kept]).profile().view().serialize(), durable=False)
 
-def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, numbers: list[str], limit: float, share: float) -> str:
-    "Evidently's page, as it writes it."
+def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, numbers: list[str], limit: float, share: float) -> Any:
+    "Evidently's own run of the report."
     hush()      # its telemetry listens to DO_NOT_TRACK
     with needs("monitor"), quick_imports():
         import evidently as ev
@@ -148,5 +151,16 @@ def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, numbers: list[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # correlations of constant columns
         report = ev.Report([drift, *([ClassificationPreset()] if judged else []), DataSummaryPreset()])
-        done = report.run(*(ev.Dataset.from_pandas(frame, definition) for frame in (window, reference)))
-        return done.get_html_str(as_iframe=False)
+        return report.run(*(ev.Dataset.from_pandas(frame, definition) for frame in (window, reference)))
+
+# %% ../../nbs/api/watch/03_reports.ipynb #re000032
+def keep_run(run: Any, workspace: Path, title: str) -> Path:
+    "Put a run into the project of its title, before the colon, in a workspace of Evidently's UI; returns the file."
+    hush()
+    with needs("monitor"), quick_imports(): from evidently.ui.workspace import Workspace
+    workspace.mkdir(parents=True, exist_ok=True)
+    place, name = Workspace.create(str(workspace)), title.partition(":")[0]
+    project = next((found for found in place.search_project(name) if found.name == name), None) or place.create_project(name)
+    made = place.add_run(project.id, run, include_data=False)
+    path = workspace/str(project.id)/"snapshots"/f"{made.id}.json"
+    return write_atomic(path, dump_script(restore_lists(json.loads(path.read_text()))), durable=False)

@@ -138,10 +138,11 @@ class Tables:
 
     @staticmethod
     def detect(source: str) -> float:
-        "Sure of a table that has a column of paths."
+        "Sure of a table that has a column of paths; less so of one that is not called like labels: a format with a description of its own may have it, too."
         path = Path(source).expanduser()
-        try: return float(bool(source and path.exists() and _choose_tables(source)))
+        try: tables = _choose_tables(source) if source and path.exists() else []
         except BadInput: return 0.
+        return 0. if not tables else 1. if path.is_file() or tables[0].stem.lower() in NAMES else .8
 
     @staticmethod
     def read(source: str, label: str = "") -> Listing:

@@ -17,7 +17,8 @@ from ..runs import find_run
 # %% ../../../nbs/api/loop/checking/01_curating.ipynb #5f0819ee
 NEXT = """  next       nothing has a label yet. Look at the images: cvops curate --app
              tag what you know `relabel:tea` there, then: cvops curate --apply
-             or ingest the same images with their labels: sub-folders, or a CSV of path,label"""
+             or ingest the same images with their labels: sub-folders, or a CSV of path,label
+             or, where all of them show what is good, learn what differs from it: cvops snapshot && cvops train -p task=anomaly"""
 
 def curate_samples(
     options: Mapping[str, Any],     # of the stage

@@ -20,7 +20,8 @@ from .pictures import STYLE as PICTURES, draw_accuracy, draw_bars, draw_evidence
 from ..looks import STYLE
 from ..pages import make_card, make_empty, make_facts, make_link, make_list, make_part, make_tile, say_clock, say_share
 from ..signals.gauges import to_seconds
-from ..verdicts.sheets import POLICY, say_estimate, say_state
+from ..verdicts.advice import advise
+from ..verdicts.sheets import POLICY, say_estimate, say_lead, say_state
 from ..verdicts.states import Cause
 
 # %% ../../../nbs/api/watch/live/04_frontpage.ipynb #d25b72b2
@@ -35,7 +36,7 @@ def judge(glance: Glance) -> list[tuple[str, str]]:
 def make_head(glance: Glance) -> str:
     "Name, state, the verdict in a sentence."
     pills = " ".join(f'<span class="pill {tone}">{word}</span>' for tone, word in judge(glance))
-    lead = escape(say_state(glance.drift)) if glance.drift else "Nobody has looked at the predictions yet: <code>cvops monitor</code>"
+    lead = escape(say_lead(glance.drift)) if glance.drift else "Nobody has looked at the predictions yet: <code>cvops monitor</code>"
     return (f'<header><p class="over">monitoring · {escape(glance.camera or "all cameras")} · {escape(glance.period)} to {say_clock(_iso(glance.until))[:16]} UTC</p>'
             f'<h1>{escape(glance.name)} {pills}</h1><p class="lead">{lead}</p></header>')
 
@@ -108,7 +109,7 @@ def make_causes(glance: Glance, base: str = "") -> str:
 def make_cause(cause: Cause, glance: Glance) -> str:
     "A cause in words, and its worst images."
     shots = "".join(make_shot(glance.photos[sample], sample) for sample in [s for s in cause.samples if s in glance.photos][:6])
-    return f'<section class="cause"><p>{escape(cause.words)}</p>{shots and f"<div class=shots>{shots}</div>"}</section>'
+    return f'<section class="cause"><p>{escape(cause.words)}</p><p class="note">What to do: {escape(advise(cause))}.</p>{shots and f"<div class=shots>{shots}</div>"}</section>'
 
 def make_shot(photo: bytes, name: str) -> str:
     "One small picture."

@@ -25,7 +25,7 @@ STYLE = """
 .wb svg .dot{stroke:var(--now);stroke-width:9;stroke-linecap:round;fill:none}.wb svg .whisker{stroke:var(--now);stroke-width:2;fill:none}
 .wb .axis{display:flex;justify-content:space-between;gap:12px;font-size:12px;color:var(--quiet)}
 .wb .axis+svg.chart{margin-top:4px}.wb svg.chart+.axis{margin-top:4px}
-.wb .cause+.cause{margin-top:18px}.wb .cause p{margin-bottom:8px;font-weight:560}
+.wb .cause+.cause{margin-top:18px}.wb .cause p{margin-bottom:8px;font-weight:560}.wb .cause .note{font-weight:400}
 .wb .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(92px,1fr));gap:8px}
 .wb .shots img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:9px;background:var(--soft)}
 """

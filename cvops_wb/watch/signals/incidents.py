@@ -61,7 +61,7 @@ def describe_drift(state: DriftState) -> str:
     for cause in state.causes[:3]:
         shown = f" ({len(cause.samples)} images show it)" if cause.samples else ""
         lines += [f"- {cause.words.rpartition(', since ')[0] or cause.words}{shown}", f"  What to do: {advise(cause)}."]
-    if len(state.causes) > 3: lines.append(f"- and {len(state.causes) - 3} causes more")
+    if len(state.causes) > 3: lines.append(f"- and {len(state.causes) - 3} more, on the page")
     return "\n".join([*lines, f"Accuracy: {say_estimate(state.accuracy)}.", f"The images: {' or '.join(list_commands(state))}; the page: cvops dashboard monitoring."])
 
 def describe_loss(state: DriftState, accuracy: Estimate) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from .bets import reserve
 
 # %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000005
-WORTH = (1., 4.)    # rows that a category's share in the newest is known by beforehand
+WORTH = (3., 10.)    # rows that a category's share in the newest is known by beforehand
 
 @lru_cache(maxsize=256)
 def make_tables(worth: float, newest: int, known: int) -> tuple[np.ndarray, ...]:
