@@ -365,6 +365,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=0, help="streams a change; 1 if quick, else 9")
     parser.add_argument("--nulls", type=int, default=0, help="healthy windows of each set of images; 400 if quick, else 5,000")
     parser.add_argument("--sets", nargs="*", choices=["grocery", "drawn"], help="of images; grocery alone if quick, else both")
+    parser.add_argument("--corruptions", nargs="*", choices=list(CORRUPTIONS), help="dark and blur if quick, else all")
+    parser.add_argument("--changes", nargs="*", help="names of changes, as the table has them; all if not given")
+    parser.add_argument("--calibration", type=int, default=4000, help="healthy windows that set Evidently's thresholds; 400 if quick")
     parser.add_argument("--alibi", type=Path, default=REPO/".cvops"/"peers"/"alibi"/"bin"/"python")
     parser.add_argument("--frouros", type=Path, default=REPO/".cvops"/"peers"/"frouros"/"bin"/"python")
     options = parser.parse_args()
@@ -372,19 +375,19 @@ def main() -> None:
     from cvops_wb.core.processes import hush
     hush()
     runs, nulls, rng = options.runs or (1 if options.quick else 9), options.nulls or (400 if options.quick else 5000), np.random.default_rng(0)
-    names = ["dark", "blur"] if options.quick else list(CORRUPTIONS)
+    names = options.corruptions or (["dark", "blur"] if options.quick else list(CORRUPTIONS))
     sets = {"grocery": lambda: read_photos(options.photos, 240 if options.quick else 2640), "drawn": lambda: draw_photos(60 if options.quick else 600)}
     rows: list[dict] = []
     for name in options.sets or list(sets)[:1 if options.quick else 2]:
         make, done = sets[name], len(rows)
         world = World(name, *make(), names, 2 if options.quick else 12)
-        changes = world.list_changes()
-        if not rows: rows += compare_speed(world, 2 if options.quick else 7, rng)
+        changes = {name: change for name, change in world.list_changes().items() if not options.changes or name in options.changes}
+        if not rows: rows += compare_speed(world, 2 if options.quick else 5, rng)
         alarms = count_alarms(world, nulls, rng)
         rows.append(row(f"alarms in {nulls} independent healthy windows, {name}", alarms, runs=nulls, note=f"upper 95 % bound {bound_rate(alarms, nulls):.2e} a window"))
         rows.append(row(f"false alarms a window, upper 95 % bound, {name}", bound_rate(alarms, nulls), goal="<= 0.001", met=bound_rate(alarms, nulls) <= 1e-3, runs=nulls,
                         note=f"{alarms} in {nulls} windows" + ("" if nulls >= 5000 else "; too few windows to meet it")))
-        delays, ours = compare_delays(world, changes, runs, 400 if options.quick else 4000, rng)
+        delays, ours = compare_delays(world, changes, runs, 400 if options.quick else options.calibration, rng)
         rows += delays
         for r in rows[done:]: print(r, file=sys.stderr, flush=True)
         some = dict(list(changes.items())[:2]) if options.quick else changes

@@ -93,7 +93,7 @@ def test_a_card_beside_each_version(bench):  # noqa: F811
 
 @pytest.mark.parametrize("change, said", [
     ({"split": "val"}, "which the training watched"), ({"metrics": {"accuracy": .9, "count_unleaked": 150.}}, "50 of 200 test images"),
-    ({"per_class": {"a": {"count": 0.}, "b": {"count": 2.}}}, "1 classes had no image"), ({"main_metric": "map50"}, "knows 2 classes"),
+    ({"per_class": {"a": {"count": 0.}, "b": {"count": 2.}}}, "1 class had no image"), ({"main_metric": "map50"}, "knows 2 classes"),
 ])
 def test_limits_are_said(change, said):
     e = replace(Evaluation("t", "s", "test", 200, {"accuracy": .9, "count_unleaked": 200.}, {}, {}, "p"), **change)

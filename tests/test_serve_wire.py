@@ -14,7 +14,7 @@ from cvops_wb.core.settings import Serve
 from cvops_wb.serve import read_predictions
 from cvops_wb.serve.service import Application
 from cvops_wb.serve.service import wire as room
-from cvops_wb.serve.service.wire import SHORT, Turn, Wire
+from cvops_wb.serve.service.wire import SHORT, WAITING, Turn, Wire
 
 JPEG = photograph("green")
 FORM = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n' + JPEG + b"\r\n--edge--\r\n"
@@ -90,10 +90,11 @@ PLAIN = {"raw": make_request("/predict", JPEG, "image/jpeg"), "octets": make_req
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_both_ways_say_the_same(app, ways, name):
+def test_both_ways_say_the_same(app, ways, monkeypatch, name):
     request = PLAIN[name]
     [short] = ask(app, request)
     head = request.index(b"\r\n\r\n") + 4
+    monkeypatch.setattr(room, "REST", .005)
     [usual] = ask(app, request[:head + 20], request[head + 20:])
     assert ways == ["short", "usual"]
     told = [json.loads(body) for _, _, body in (short, usual)]
@@ -114,7 +115,7 @@ def test_what_is_not_plain_goes_the_usual_way(app, ways, name):
 
 
 @pytest.mark.parametrize("request_", [make_request("/predict?version=1", JPEG, "image/jpeg"), make_request("/predict", JPEG, "image/jpeg", Expect="100-continue"), make_request("/predict", JPEG, "image/jpeg", Connection="close"),
-                                      make_request("/predict/batch", JPEG, "image/jpeg"), make_request("/livez", b"", verb="GET"), make_request("/predict", photograph(size=(900, 900)), "image/jpeg")])
+                                      make_request("/predict/batch", JPEG, "image/jpeg"), make_request("/readyz", b"", verb="GET"), make_request("/livez", b"x", verb="GET"), make_request("/predict", photograph(size=(900, 900)), "image/jpeg")])
 def test_a_head_that_is_not_plain_is_not_held(app, ways, request_):
     replies = ask(app, request_, count=2 if b"Expect" in request_ else 1)
     assert ways == [] and replies
@@ -144,12 +145,40 @@ def test_tokens_and_rates_hold(app, ways):
     assert [reply[0] for reply in found] == [200, 429, 429] and found[1][1]["retry-after"] and ways == ["short"]*6
 
 
-def test_a_turn_answers_no_more_than_a_line_holds(app, ways):
+def test_whether_it_lives_is_said_at_once(app, ways, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Wire, "answer", lambda self, body, answer=Wire.answer: (taken.append(answer(self, body)), taken[-1])[1])
+    [reply] = ask(app, make_request("/livez", b"", verb="GET"))
+    assert reply[0] == 200 and json.loads(reply[2]) == {"live": True} and taken == [True] and reply[1]["x-content-type-options"] == "nosniff"
+    assert 'cvops_requests_total{path="/livez",status="200",version="1"} 1.0' in app.metrics.render()[0].decode()
+
+
+def test_a_turn_answers_no_more_than_a_line_holds(app, ways, monkeypatch):
     found = ask(app, PLAIN["raw"]*(app.gate.most + 3), count=app.gate.most + 3)
-    assert [reply[0] for reply in found].count(200) >= app.gate.most and all(reply[0] == 200 or reply[0] == 429 and reply[1]["retry-after"] == "1" for reply in found)
+    assert ways == ["short"]*app.gate.most and {reply[0] for reply in found} == {200}, "what is beyond goes the usual way, where a line is kept"
     app.gate.inside = app.gate.most
     assert ask(app, PLAIN["raw"])[0][0] == 429
     app.gate.inside = 0
+
+
+def test_the_short_way_is_shut_for_a_moment_when_too_many_came():
+    turn = Turn()
+    turn.count = WAITING
+    assert not turn.is_over()
+    turn.count += 1
+    assert turn.is_over()
+    turn.count = 0
+    assert turn.is_over() and turn.shut > 0
+    turn.shut = 0.
+    assert not turn.is_over()
+
+
+def test_the_rest_of_a_body_is_waited_for(app, ways, monkeypatch):
+    request = PLAIN["raw"]
+    assert [reply[0] for reply in ask(app, request[:300], request[300:900], request[900:] + request[:-1], request[-1:], count=2)] == [200, 200] and ways == ["short"]*2
+    monkeypatch.setattr(room, "UPLOADS", 0)     # too many wait
+    assert ask(app, request[:300], request[300:])[0][0] == 200 and ways[2:] == ["usual"]
+    assert asyncio.run(talk(app, [request[:300]], 0)) == [], "who leaves in the middle is forgotten"
 
 
 def test_a_slow_version_takes_the_usual_way(app, ways):

@@ -43,7 +43,7 @@ def test_false_alarms_are_as_rare_as_promised():
     # 300 windows, each with a reference of its own; at 5 % one expects 15 and, once in a thousand tries, more than 28.
     alarms = 0
     for k in range(300):
-        columns = score_columns(make_window(160, seed=10_000 + 2*k), make_window(120, seed=10_001 + 2*k), alpha=.05, shuffles=480, seed=k)
+        columns = score_columns(make_window(160, seed=10_000 + 2*k), make_window(120, seed=10_001 + 2*k), alpha=.05, shuffles=240, seed=k)
         alarms += any(c["drifted"] for c in columns.values())
     assert 2 <= alarms <= 28, f"{alarms} of 300 at 5 %"
 

@@ -87,7 +87,7 @@ def test_a_long_log_of_another_version_is_not_read_whole(workbench, bento, out, 
         when = pd.Timestamp(json.loads(path.read_bytes().splitlines()[-1])["time"]).timestamp()
         os.utime(path, (when, when))
     read, real = [], predictions.read_segment
-    for room in (predictions, followers): monkeypatch.setattr(room, "read_segment", lambda stem: read.append(stem.name) or real(stem))
+    for room in (predictions, followers): monkeypatch.setattr(room, "read_segment", lambda stem, **how: read.append(stem.name) or real(stem, **how))
     for room in (monitoring, followers): monkeypatch.setattr(room, "REACH", 130)
     window = monitor(LOG, bento, MonitorSpec(newest=100, report=False), out)
     assert window.count == 40 and len(set(read)) <= 5      # 40 of ours, 50 and 50: enough was looked through

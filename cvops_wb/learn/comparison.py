@@ -110,7 +110,7 @@ def draw_curves(evaluations: Sequence[Evaluation], names: Sequence[str] = ()) ->
         except (OSError, BadRecord, ValueError): continue    # a registered model may have lost its run
         for axes, column in ((left, "loss"), (right, next((c for c in rows if c.startswith("val_")), ""))):
             seen = rows.dropna(subset=column) if column in rows else rows[:0]
-            if len(seen): axes.plot(seen["epoch"], seen[column], color=COLOURS[k % len(COLOURS)], label=shorten(name))
+            if len(seen): axes.plot(seen["epoch"], seen[column], color=COLOURS[k % len(COLOURS)], label=shorten(name), marker="o" if len(seen) == 1 else "")
     left.set(title="loss on train", xlabel="epoch")
     right.set(title="held-out metric", xlabel="epoch")
     if right.lines or left.lines: (right if right.lines else left).legend(fontsize=7)

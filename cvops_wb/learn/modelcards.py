@@ -97,7 +97,7 @@ def list_limits(e: Evaluation, classes: Sequence[str], card: Card) -> list[str]:
     weak = [f"weak on {row['slice']}: {_span(row)}" for row in rank_slices(e) if row["weak"]]
     unseen = [name for name in classes if not e.per_class.get(name, {}).get("count", 1)]
     leaked = e.count - e.metrics.get("count_unleaked", e.count)
-    return [*weak, *([f"{len(unseen)} classes had no image to be judged on: {', '.join(unseen[:10])}"] if unseen else []),
+    return [*weak, *([f"{len(unseen)} class{'es' if len(unseen) > 1 else ''} had no image to be judged on: {', '.join(unseen[:10])}"] if unseen else []),
             *([f"{leaked:.0f} of {e.count} test images have near duplicates in train: the numbers flatter"] if leaked else []),
             *(["judged on `val`, which the training watched: the numbers flatter a little"] if e.split == "val" else []),
             *(["no bad image was at hand: what it finds was measured on good ones that were damaged on purpose, which promises nothing of real defects"]
@@ -132,7 +132,7 @@ def list_sections(facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 # %% ../../nbs/api/learn/13_modelcards.ipynb #246f01f3
 _TITLES = {"slices": "By slice", "weak": "Errors on the weakest slices", "errors": "Where it is surest and wrong"}
 _STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse;font-size:13px}"
-          "td,th{border-bottom:1px solid #d0d7de;padding:.2rem .6rem;text-align:left;overflow-wrap:anywhere}h2{margin-top:2rem}code{background:#f6f8fa;padding:.2em .4em}</style>")
+          "td,th{border-bottom:1px solid #d0d7de;padding:.2rem .6rem;text-align:left;overflow-wrap:break-word}th,td:first-child{white-space:nowrap}h2{margin-top:2rem}code{background:#f6f8fa;padding:.2em .4em}</style>")
 
 def write_model_card(
     settings: Settings,
@@ -143,7 +143,7 @@ def write_model_card(
 ) -> Path:
     "`card.md`, `card.html`, `card.json` and pictures; returns the HTML page."
     facts = gather_facts(settings, version, evaluation)
-    pictures = draw_pictures(evaluation) if photos else {"slices": draw_slices(evaluation)}
+    pictures = draw_pictures(evaluation) if photos else {"slices": draw_slices(evaluation)} if evaluation.slices else {}
     for name, picture in pictures.items(): write_atomic(folder/f"{name}.png", to_png(picture), durable=False)
     write_atomic(folder/"card.json", dump_json(facts), durable=False)
     write_atomic(folder/"card.md", to_markdown(facts, list(pictures)), durable=False)
@@ -151,8 +151,8 @@ def write_model_card(
 
 def draw_pictures(evaluation: Evaluation) -> dict[str, Any]:
     "The pictures of a card; without photographs where the snapshot is not at hand."
-    pictures = {"slices": draw_slices(evaluation)}
-    try: return pictures | {"weak": draw_slice_errors(evaluation), "errors": draw_errors(evaluation)}
+    pictures = {"slices": draw_slices(evaluation)} if evaluation.slices else {}
+    try: return pictures | ({"weak": draw_slice_errors(evaluation)} if evaluation.slices else {}) | {"errors": draw_errors(evaluation)}
     except BadRecord: return pictures
 
 def read_model_card(settings: Settings, version: ModelVersion) -> dict[str, Any]:

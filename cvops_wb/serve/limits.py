@@ -266,9 +266,9 @@ class Gate:
     def __init__(self, most: int):
         self.most, self.inside, self.lock = most, 0, Lock()
 
-    def check(self, line: int = 0) -> None:
-        "`BadRequest` 429 if it is full, with so many more who stand before it."
-        if self.inside + line < self.most: return
+    def check(self) -> None:
+        "`BadRequest` 429 if it is full."
+        if self.inside < self.most: return
         raise BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
 
     def enter(self) -> None:

@@ -163,6 +163,30 @@ def test_the_suite_sees_a_planted_bug(bench, bug, says):
     assert any(says in fault for fault in find_faults(settings, earlier, 5.))
 
 
+TIDYING = """
+import pathlib, sys, time
+from cvops_wb.loop import engine, run_stage
+def pause(*args, **kwargs):
+    pathlib.Path(sys.argv[1]).touch()
+    time.sleep(300)
+engine.end_family = pause
+run_stage('ingest', {'count': 7}, force=True)
+"""
+
+
+def test_a_runner_dies_before_it_has_tidied_up(bench, tmp_path):
+    "The kernel has ended, what it left behind has not, and nobody is there any more who would end it but the nursery."
+    settings, earlier, _ = bench
+    process = subprocess.Popen([sys.executable, "-c", TIDYING, tmp_path/"tidying"], cwd=settings.root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path/"tidying").exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.01)
+    while any("CVOPS_TASK" in _environment(p.pid) and "sleep" not in p.name() for p in family(settings.root)) and time.monotonic() < deadline: time.sleep(.01)
+    assert any("sleep" in p.name() for p in family(settings.root)), "nothing was left behind, so nothing is proved"
+    process.kill()
+    process.wait()
+    assert find_faults(settings, earlier) == []
+
+
 def test_eight_writers_of_one_run(bench):
     settings, earlier, wanted = bench
     shutil.rmtree(settings.reports/wanted.run)

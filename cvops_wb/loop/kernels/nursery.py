@@ -92,7 +92,7 @@ class Nursery:
     "Forks kernels for the process at the other end of `channel`."
 
     def __init__(self, channel: socket.socket):
-        self.channel, self.buffer, self.wanted, self.children = channel, b"", [], {}
+        self.channel, self.buffer, self.wanted, self.children, self.ended = channel, b"", [], {}, []
         self.seat, self.signed, self.begin = find_seat(), {}, time.time_ns()
         self.wake, wake = os.pipe()
         os.set_blocking(wake, False)
@@ -119,7 +119,7 @@ class Nursery:
         for pid in list(self.children):
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done: continue
-            del self.children[pid]
+            self.ended.append(self.children.pop(pid))
             self.tell({"event": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status)})
 
     def fork(self, order: dict[str, Any]) -> bool:
@@ -177,3 +177,4 @@ def serve(descriptor: int) -> None:
 def _end_all(nursery: Nursery) -> None:
     from cvops_wb.loop.engine import end_family
     for pid, mark in nursery.children.items(): end_family(mark, pid, 2.)
+    for mark in nursery.ended: end_family(mark)     # what a kernel left behind, should the runner have died before it saw to that

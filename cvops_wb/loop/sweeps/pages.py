@@ -23,6 +23,7 @@ def draw_trials(told: Mapping[str, Any]) -> Any:
     for trial in done: line.append(best([trial["value"], *line[-1:]]))
     axes.plot([t["number"] for t in done], [t["value"] for t in done], "o", color=COLOURS[0], label="trial")
     axes.step([t["number"] for t in done], line, where="post", color=COLOURS[1], label="best so far")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=plain(told["metric"]), xlabel="trial")
     axes.legend()
     return figure
@@ -48,7 +49,7 @@ def draw_curves(told: Mapping[str, Any]) -> Any:
     for trial in sorted(told["trials"], key=lambda t: t["number"] == best):
         points = sorted((int(k), v) for k, v in trial["epochs"].items())
         colour = COLOURS[2] if trial["number"] == best else COLOURS[3] if trial["state"] == "pruned" else "#8c959f"
-        if points: axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2 if trial["number"] == best else 1, marker="x" if trial["state"] == "pruned" else "", markevery=[-1])
+        if points: axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2 if trial["number"] == best else 1, marker="x" if trial["state"] == "pruned" else "o" if len(points) == 1 else "", markevery=[-1])
     axes.set(title="over the epochs: the best green, those stopped early orange", xlabel="epoch")
     return figure
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import ToolFailed, WrongUsage
+from ...core.errors import MissingTool, ToolFailed, WrongUsage
 from .states import HOLDING, IDLE, RUNNING, Rollout, RolloutFile, abort, advance, end, promote
 from .evidence import Decision, Evidence, RolloutSpec, decide
 from ..predictions import list_files, list_segments, read_segment
@@ -31,7 +31,7 @@ class LogReader:
     def read(self) -> Iterator[Mapping[str, Any]]:
         "New rows; a line that is not whole yet waits for the next time."
         try: found = list_segments(self.folder)
-        except ToolFailed: found = [(self.folder/name, last) for name, last in list_files(self.folder).items()]     # the newest are here
+        except (MissingTool, ToolFailed): found = [(self.folder/name, last) for name, last in list_files(self.folder).items()]     # the newest are here
         for stem, last in sorted(found): yield from self.read_lines(stem, last)
 
     def read_lines(self, stem: Path, last: str) -> list[Mapping[str, Any]]:
@@ -51,7 +51,7 @@ class LogReader:
         "The rows of a segment that has become a table, without those that were read as lines; of old segments none."
         if offset < 0 or not count and last < self.since[:19]: return []
         try: rows = read_segment(stem).slice(count).to_pylist()
-        except ToolFailed: return []    # its database is away: the next look tries again
+        except (MissingTool, ToolFailed): return []    # its database is away: the next look tries again
         self.places[stem.name] = -1, -1
         return rows
 

@@ -50,7 +50,8 @@ def draw_saliency(image: Image.Image, found: np.ndarray, full: float = 0.) -> Im
     smooth = np.asarray(Image.fromarray((share*255).astype(np.uint8)).resize(image.size, Image.Resampling.BICUBIC), np.float32)[..., None]/255
     colour, grey = np.asarray(image, np.float32), np.asarray(image.convert("L"), np.float32)[..., None]
     tint = np.array([230., 90., 0.])        # vermilion, which is told from grey by every eye
-    mixed = smooth*(.65*colour + .35*tint) + (1 - smooth)*(.45*grey + 90)
+    strong = .8 if full else .35
+    mixed = smooth*((1 - strong)*colour + strong*tint) + (1 - smooth)*(.45*grey + 90)
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 def explain_answer(
@@ -66,7 +67,7 @@ def explain_answer(
     if engine.task == "anomaly":    # its heat is the reason, on a scale that all images share: nothing below half the threshold
         heat = engine.ask(pixels)[0]
         scaled = heat/(heat + model.temperature)
-        return draw_saliency(image, scaled - 1/3, 1/3), model.classes[int(scaled.max() >= .5)]
+        return draw_saliency(image, scaled - 1/3, .2), model.classes[int(scaled.max() >= .5)]
     def read(pixels: np.ndarray) -> np.ndarray: return READERS[engine.task](engine.ask(pixels)[0], model, image.width, image.height)[2]
     place = model.classes.index(label) if label else int(read(pixels).argmax())
     return draw_saliency(image, measure_saliency(pixels, lambda pixels: float(read(pixels)[place]))), model.classes[place]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../../nbs/api/watch/accuracy/06_openness.ipynb #op000005
-NEAR = 3            # which neighbour
+NEAR = 1            # which neighbour
 LEVEL = .01         # chance to call images far in a window that is like the reference
 MOST = 1500         # images of the reference that are kept
 

@@ -9,6 +9,7 @@ __all__ = ['WORTH', 'SPANS', 'make_tables', 'log_choose', 'measure_mix', 'measur
 # %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000003
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -18,13 +19,13 @@ from .bets import reserve
 WORTH = (3., 10.)    # rows that a category's share in the newest is known by beforehand
 
 @lru_cache(maxsize=256)
-def make_tables(worth: float, newest: int, known: int) -> tuple[np.ndarray, ...]:
-    "Logarithms of gamma functions by count: of the newest, of the known, of both; and the variance of a category by its count in both."
+def make_tables(worth: float, newest: int, known: int) -> tuple[Any, ...]:
+    "Logarithms of gamma functions by count: of the newest, of the known, of both; the variance of a category by its count in both; and the ways to choose the newest."
     from scipy.special import gammaln
     rest, total = worth*known/newest, newest + known
     each = [gammaln(np.arange(size + 1) + by) - gammaln(by) for size, by in ((newest, worth), (known, rest), (total, worth + rest))]
     count, share = np.arange(total + 1), newest/total
-    return *each, count*share*(1 - share)*(worth + rest + count)/(worth + rest + 1)
+    return *each, count*share*(1 - share)*(worth + rest + count)/(worth + rest + 1), float(log_choose(total, newest))
 
 def log_choose(total: np.ndarray | int, some: np.ndarray | int) -> np.ndarray:
     "Logarithm of the number of ways to choose some of all."
@@ -43,9 +44,9 @@ def measure_mix(
     m, rest = int(newest[0].sum()), int(known[0].sum())
     gains = np.empty((len(newest), len(WORTH)))
     for k, worth in enumerate(WORTH):
-        up, down, both, spread = make_tables(worth, m, rest)
-        gain = (up[newest] + down[known] - both[newest + known]).sum(1) + log_choose(m + rest, m)
-        gains[:, k] = gain + .5*np.log(2*np.pi*spread[newest + known].sum(1))
+        up, down, both, spread, ways = make_tables(worth, m, rest)
+        gain = (up[newest] + down[known] - both[pool := newest + known]).sum(1) + ways
+        gains[:, k] = gain + .5*np.log(2*np.pi*spread[pool].sum(1))
     told = _mean(gains)
     for j in np.flatnonzero(told > bars - 3): told[j] = measure_exactly(newest[j], known[j])
     return told
@@ -54,8 +55,8 @@ def measure_exactly(newest: np.ndarray, known: np.ndarray) -> float:
     "The same for one pair of counts (K,), with the probability of the sum as it is."
     m, rest, pool = int(newest.sum()), int(known.sum()), newest + known
     def weigh(worth: float) -> float:
-        up, down, both, _ = make_tables(worth, m, rest)
-        return float((up[newest] + down[known] - both[pool]).sum() + log_choose(m + rest, m) - np.log(find_chance(pool, m, worth)))
+        up, down, both, _, ways = make_tables(worth, m, rest)
+        return float((up[newest] + down[known] - both[pool]).sum() + ways - np.log(find_chance(pool, m, worth)))
     return float(_mean(np.array([[weigh(worth) for worth in WORTH]]))[0])
 
 def find_chance(pool: np.ndarray, m: int, worth: float) -> float:
