@@ -40,7 +40,7 @@ test: system setup      ## all tests but the slow campaigns: under 15 minutes on
 	$(call say,notebooks)
 	@$(BIN)/python tests/notebooks.py
 	$(call say,tests)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-full: test         ## the long campaigns too
 	$(call say,crash and damage campaigns in full)

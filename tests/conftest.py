@@ -17,9 +17,6 @@ hush()
 
 pytest_plugins = ["serve_toy"]     # bench, bento: a packaged toy model
 
-# From the longest on, by what a run of all took.
-LONG = ["test_serve_hostile", "test_training", "test_serve_damage", "test_serve_pickle", "test_watch_live", "test_ingest", "test_learn_mirrors", "test_serve_load", "test_demo"]
-
 
 @pytest.fixture
 def workbench(tmp_path, monkeypatch):
@@ -52,9 +49,3 @@ def photos(tmp_path_factory) -> Path:
             pixels[y:y + 45, x:x + 45] = colour + rng.normal(0, 12, (45, 45, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root/label/f"{k:02}.jpg", quality=88)
     return root
-
-
-def pytest_collection_modifyitems(items):
-    "The suites that take longest begin first, so that no worker is left with one of them at the end."
-    first = {name: k for k, name in enumerate(LONG)}
-    items.sort(key=lambda item: first.get(item.path.stem, len(LONG)))
