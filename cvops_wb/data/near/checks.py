@@ -113,10 +113,10 @@ def find_chance(
     likeness = measure_details("correlate", thumbs, rows) if details else measure_pairs("correlate", thumbs, rows, COARSE)
     z = np.arctanh(np.clip(likeness, -.999, .999))
     middle = np.median(z)       # the lower side alone gives the spread: duplicates stand on the upper
-    spread, share = middle - np.quantile(z, .16), HELD/(HELD + len(thumbs))*(abs(middle) < .5)
+    spread, share = middle - np.quantile(z, .16), max(0., 1 - len(thumbs)/HELD)*(abs(middle) < .5)
     return float(np.tanh(middle + spreads*(spread + share*(USUAL[details] - spread))))
 
-HELD, USUAL = 20, (.16, .05)    # so many pictures of an ordinary batch, with these spreads, are held beside those at hand
+HELD, USUAL = 32, (.16, .05)    # a batch of fewer pictures leans on the spreads of an ordinary one, the more the smaller it is
 
 def measure_details(kernel: str, thumbs: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     "What `measure_pairs` says of sharpened pictures at full size; only those of the pairs at hand are sharpened."
