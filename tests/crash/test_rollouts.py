@@ -181,7 +181,7 @@ UNPROVEN = {    # what the log shows until the deadline: nothing of it is a proo
     "slower than is tolerated": lambda log, rng: write_answers(log, "r", 40, rng, slower=1.3),
     "the truth was asked for and nobody told it": lambda log, rng: write_answers(log, "r", 400, rng),
     "answers of another rollout": lambda log, rng: write_answers(log, "before", 400, rng),
-    "lines that are no rows": lambda log, rng: [os.write(log.file, b'{"arm": "r:challenger", "latency_ms": 5}\n{"torn') for _ in range(400)],
+    "lines that are no rows": lambda log, rng: [os.write(log.segment.file, b'{"arm": "r:challenger", "latency_ms": 5}\n{"torn') for _ in range(400)],
 }
 
 
