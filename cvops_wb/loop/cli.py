@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
-           'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'show',
-           'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse',
-           'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export', 'convert']
+           'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'answer',
+           'leave', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package',
+           'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export', 'convert']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
+import atexit
 import os
 import signal
 import sys
-from contextlib import redirect_stdout
+import threading
+from contextlib import redirect_stdout, suppress
 from typing import Annotated, Any
 
 import typer
@@ -102,7 +104,13 @@ def interrupt(number: int, frame: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     "The console script: one command, its reply printed, its exit status given."
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try: code = answer(sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end: code = int(end.code or 0)
+    if arguments is not None: sys.exit(code)
+    leave(code)
+
+def answer(arguments: list[str]) -> int:
+    "One command, its reply printed: its exit status."
     for sign in (signal.SIGINT, signal.SIGTERM): signal.signal(sign, interrupt)
     stdout, as_json = sys.stdout, "--json" in arguments
     command = next((a for a in arguments if not a.startswith("-")), "")
@@ -114,7 +122,18 @@ def main(arguments: list[str] | None = None) -> None:
     document = {"schema": 1, "command": command, "ok": reply.code == 0, "exit": reply.code, **reply.document}
     try: show(reply, document, as_json, stdout)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
-    sys.exit(reply.code)
+    return reply.code
+
+def leave(code: int) -> None:
+    """End as Python ends, without taking native libraries down.
+
+    One `cvops lineage` in sixty was aborted at its very end, its answer printed: a thread of Arrow's outlived what owned it.
+    """
+    threading._shutdown()       # waits for threads and executors
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError): stream.flush()
+    os._exit(code)
 
 def show(reply: Reply, document: dict[str, Any], as_json: bool, stdout: Any) -> None:
     "The document, or the text."
