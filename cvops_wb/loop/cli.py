@@ -4,27 +4,24 @@
 
 # %% auto #0
 __all__ = ['app', 'Argument', 'Option', 'Json', 'Dry', 'Force', 'BEGIN', 'LOOP', 'ANY', 'LOOK', 'Set', 'Time', 'Memory',
-           'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'interrupt', 'main', 'answer',
-           'leave', 'show', 'init', 'demo', 'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package',
-           'rehearse', 'serve', 'monitor', 'dashboard', 'run', 'cancel', 'lab', 'synth', 'export', 'convert']
+           'Grouped', 'add_group', 'complete_stage', 'complete_parameter', 'lay_over', 'main', 'answer', 'init', 'demo',
+           'ingest', 'curate', 'snapshot', 'train', 'evaluate', 'register', 'package', 'rehearse', 'serve', 'monitor',
+           'dashboard', 'run', 'cancel', 'lab', 'synth', 'export', 'convert']
 
 # %% ../../nbs/api/loop/11_cli.ipynb #c8c0aee1
-import atexit
 import os
 import signal
 import sys
-import threading
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from ..core.errors import CvopsError, WrongUsage
-from ..core.files import dump_json
 from ..core.settings import load_settings
 from .flow import LOOP as STAGES, make_demo
-from .replies import Reply, explain, parse_stage_sets, place, run_stages, summarize
+from .replies import Reply, explain, interrupt, leave, parse_stage_sets, place, run_stages, show, summarize
 from .runs import find_run
 from .stages import find_stage, list_stages, name_stage, read_stage
 
@@ -97,11 +94,6 @@ Time = Annotated[float | None, typer.Option("--time-limit", min=0, callback=lay_
 Memory = Annotated[float | None, typer.Option("--memory-limit", min=0, callback=lay_over("memory_limit"), help="MB that one run may hold.")]
 
 # %% ../../nbs/api/loop/11_cli.ipynb #fb8fbc81
-def interrupt(number: int, frame: Any) -> None:
-    "End everything in good order, once."
-    for sign in (signal.SIGINT, signal.SIGTERM): signal.signal(sign, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
-
 def main(arguments: list[str] | None = None) -> None:
     "The console script: one command, its reply printed, its exit status given."
     try: code = answer(sys.argv[1:] if arguments is None else arguments)
@@ -123,23 +115,6 @@ def answer(arguments: list[str]) -> int:
     try: show(reply, document, as_json, stdout)
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     return reply.code
-
-def leave(code: int) -> None:
-    """End as Python ends, without taking native libraries down.
-
-    One `cvops lineage` in sixty was aborted at its very end, its answer printed: a thread of Arrow's outlived what owned it.
-    """
-    threading._shutdown()       # waits for threads and executors
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError): stream.flush()
-    os._exit(code)
-
-def show(reply: Reply, document: dict[str, Any], as_json: bool, stdout: Any) -> None:
-    "The document, or the text."
-    if as_json:
-        print(dump_json(document), file=stdout, flush=True)
-    elif reply.text: print(reply.text, file=stdout if reply.code != 130 else sys.stderr, flush=True)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #08942614
 @app.command(rich_help_panel=BEGIN)

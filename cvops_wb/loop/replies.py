@@ -4,16 +4,21 @@
 
 # %% auto #0
 __all__ = ['SUMMARY', 'NEXT', 'Reply', 'tell_error', 'print_error', 'explain', 'parse_sets', 'parse_stage_sets', 'place',
-           'run_stages', 'tell_outcome', 'tell_plan', 'summarize']
+           'run_stages', 'tell_outcome', 'tell_plan', 'summarize', 'show', 'interrupt', 'leave']
 
 # %% ../../nbs/api/loop/10_replies.ipynb #d13225c4
+import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import CvopsError, WrongUsage
+from ..core.files import dump_json
 from ..core.records import parse_record
 from ..core.settings import load_settings
 from .flow import Board, Step, explain_fault, plan_flow, run_flow
@@ -122,3 +127,26 @@ def summarize(document: dict[str, Any]) -> str:
     pages += [stages["monitor"]["record"]["report"]] if "monitor" in stages else []
     lines += [f"  {'pages' if k == 0 else '':<9} {page}" for k, page in enumerate(pages)]
     return "\n".join(["", *lines, *([NEXT] if "monitor" in stages else [])])
+
+# %% ../../nbs/api/loop/10_replies.ipynb #a1e0c0df
+def show(reply: Reply, document: dict[str, Any], as_json: bool, stdout: Any) -> None:
+    "The document, or the text."
+    if as_json:
+        print(dump_json(document), file=stdout, flush=True)
+    elif reply.text: print(reply.text, file=stdout if reply.code != 130 else sys.stderr, flush=True)
+
+def interrupt(number: int, frame: Any) -> None:
+    "End everything in good order, once."
+    for sign in (signal.SIGINT, signal.SIGTERM): signal.signal(sign, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
+
+def leave(code: int) -> None:
+    """End as Python ends, without taking native libraries down.
+
+    One `cvops lineage` in sixty was aborted at its very end, its answer printed: a thread of Arrow's outlived what owned it.
+    """
+    threading._shutdown()       # waits for threads and executors
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError): stream.flush()
+    os._exit(code)
