@@ -63,6 +63,7 @@ def _read_parquet(path: Path) -> list[dict[str, str]]:
     except (OSError, pa.ArrowException) as e: raise BadInput("a table cannot be read", got=f"{path}: {e}", fix="write it again") from e
     return [{name: "" if value is None else str(value) for name, value in row.items()} for row in table.to_pylist()]
 
+# %% ../../../nbs/api/data/formats/14_tables.ipynb #3995addb
 def find_columns(names: list[str], label: str = "") -> dict[str, str]:
     "What a column holds → its name in the table; `UnknownName` if `label` is none of them."
     lower = {name.strip().lower(): name for name in names}
