@@ -146,6 +146,7 @@ def make_handlers(reports: Path, preview: Any = None) -> tuple[type, type, type,
         def get(self) -> None: self.set_status(204)
     return Page, Seen, Results, Ready
 
+# %% ../../nbs/api/watch/09_dashboards.ipynb #da000007
 def make_server(notebook: Path, reports: Path, port: int, token: str, ready: bool = False, preview: Any = None) -> Any:
     "Voila with our rules; `start()` serves until it is told to end."
     with needs("monitor"): from voila.app import Voila
