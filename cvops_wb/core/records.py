@@ -80,6 +80,15 @@ class Batch(Record):
     rejected: int               # files set aside with a reason
     classes: dict[str, int]     # label → images
     table_sha256: str = ""      # of the sample table's content
+    skipped: dict[str, int] = field(default_factory=dict)   # kind of file that was not read → files
+    notes: list[str] = field(default_factory=list)          # what was understood that a person may want to correct
+
+    @property
+    def remarks(self) -> list[str]:
+        "What a person should read of it: the notes, and what was not read."
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(self.skipped.items(), key=lambda pair: (-pair[1], pair[0])))
+        total = sum(self.skipped.values())
+        return [*self.notes, *([f"{total:,} file{'s were' if total > 1 else ' was'} not read: {kinds}"] if total else [])]
 
 @dataclass(frozen=True)
 class Selection(Record):
