@@ -203,6 +203,7 @@ def train(
         kept.drop()
         return candidate
 
+# %% ../../nbs/api/learn/07_training.ipynb #tr000002
 def begin_with(spec: TrainSpec) -> tuple[TrainSpec, str]:
     "The spec with the weights that are really at hand, and what they are, for the record; empty where it begins from scratch."
     from cvops_wb.learn.networks.vision import choose_weights
