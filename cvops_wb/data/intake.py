@@ -141,7 +141,7 @@ def list_warnings(batch: Batch) -> list[str]:
         (labelled < batch.count, f"{batch.count - labelled:,} images have no label"),
         (batch.rejected > .1*(batch.count + batch.rejected), f"{batch.rejected:,} files were set aside, more than a tenth"),
     ]
-    return [text for wrong, text in checks if wrong]
+    return [text for wrong, text in checks if wrong] + batch.remarks
 
 # %% ../../nbs/api/data/03_intake.ipynb #ae7c3342
 def draw_samples(
@@ -184,7 +184,7 @@ def ingest(
     write_samples(table, out/"samples.parquet")
     _write_rejected(rejected, out/"rejected.parquet")
     classes = count_classes(table["label"], table["objects"])
-    batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"))
+    batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"), dict(listing.skipped), list(listing.notes))
     write_picture(out/"classes.png", draw_classes(batch))
     write_picture(out/"samples.png", draw_samples(batch, table=table))
     return batch

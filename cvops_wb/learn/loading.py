@@ -192,7 +192,7 @@ def read_snapshot(settings: Settings, name: str) -> Snapshot:
     "The record of the snapshot with this id."
     path = settings.versioned/"snapshots"/f"{name}.json"
     if not path.is_file():
-        raise BadRecord("there is no such snapshot in this workbench", got=name, fix="run `cvops snapshot`, or `dvc pull` in a clone")
+        raise BadRecord("there is no such snapshot in this workbench", got=name, fix="run `cvops snapshot`, or `cvops pull` in a clone")
     value = read_json(path)
     return parse_record(value.get("record", value))
 
