@@ -95,7 +95,9 @@ class Controller:
         self.tell(state)
         if state.phase == RUNNING: self.collect(state)
         self.at_change, self.number = self.at_change if self.number in (-1, state.number) else self.evidence.pairs, state.number
-        decision = decide(state, self.evidence, self.spec, _since(state.began), _since(state.time), self.evidence.pairs - self.at_change)
+        refused = state.phase == RUNNING and self.file.find_refusal(state.challenger)
+        decision = Decision("abort", f"version {state.challenger.version} cannot be loaded: {refused}") if refused else \
+            decide(state, self.evidence, self.spec, _since(state.began), _since(state.time), self.evidence.pairs - self.at_change)
         if decision.action == "wait": return self.tell(state) if state.phase == HOLDING or self.file.renew(self.id) else self.file.read()
         return self.tell(self.apply(decision))
 

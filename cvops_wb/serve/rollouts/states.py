@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import BadRecord, WrongUsage
+from ...core.errors import BadRecord, CvopsError, WrongUsage
 from ...core.files import dump_json, read_json, write_atomic
 
 # %% ../../../nbs/api/serve/rollouts/01_states.ipynb #b41ed570
@@ -179,8 +179,23 @@ class RolloutFile:
                  "champion": state.champion.version if state.champion else None, "challenger": state.challenger.version if state.challenger else None}
         write_atomic(self.log, b"".join(line + b"\n" for line in [*whole, dump_json(event, indent=None).encode()]))
 
+    def refuse(self, arm: Arm, why: str) -> None:
+        "A worker's note that it cannot load a version."
+        path = self._refusal(arm)
+        if path.is_file(): return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, dump_json({"version": arm.version, "why": why}), durable=False)
+
+    def find_refusal(self, arm: Arm) -> str:
+        "Why a worker cannot load a version; empty if none has said so since the rollout began."
+        try: return str(read_json(self._refusal(arm))["why"])
+        except (CvopsError, OSError, KeyError, TypeError, ValueError): return ""
+
+    def _refusal(self, arm: Arm) -> Path: return self.folder/"refused"/f"{arm.manifest_sha256[:16]}.json"
+
     def start(self, champion: Arm, challenger: Arm, name: str, steps: tuple[float, ...] = STEPS, shadow: bool = False) -> Rollout:
         "Begin; `RolloutRunning` if one is under way."
+        self._refusal(challenger).unlink(missing_ok=True)   # of an earlier rollout; a worker that still cannot says so again
         return self.change(start, champion, challenger, name, steps, shadow)
 
     def promote(self, reason: str) -> Rollout:
