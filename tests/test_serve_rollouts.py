@@ -209,7 +209,7 @@ def test_a_version_that_no_worker_can_load_is_rolled_back_and_the_next_rollout_i
     third = replace(ARMS[1], version=3, manifest_sha256="c"*64)
     for name, challenger, phase in (("r1", ARMS[1], IDLE), ("r2", ARMS[1], IDLE), ("r3", third, RUNNING)):
         controller.file.start(ARMS[0], challenger, name, (.5,))
-        assert controller.file.find_refusal(challenger) == ""       # not of the rollout before
+        assert rollouts.find_refusal(controller.file.folder, challenger) == ""       # not of the rollout before
         traffic.look()
         state = controller.tick()
         assert state.phase == phase and ("cannot be loaded: " in state.reason and "\n" not in state.reason) == (phase == IDLE), state

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import CvopsError
-from .states import BASELINE, CHALLENGER, CHAMPION, IDLE, Arm, Rollout, RolloutFile, choose_arm, is_leased, read_boot
+from .states import BASELINE, CHALLENGER, CHAMPION, IDLE, Arm, Rollout, RolloutFile, choose_arm, is_leased, read_boot, refuse_arm
 
 # %% ../../../nbs/api/serve/rollouts/04_traffic.ipynb #d41c013e
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Traffic:
             except Exception as e:      # a graph may fail at its first picture in any way, and we go on looking
                 self.failed[arm.manifest_sha256] = tell_shortly(e)
                 logging.error("version %s cannot be loaded and gets no callers: %s", arm.version, e)
-        self.file.refuse(arm, self.failed[arm.manifest_sha256])
+        refuse_arm(self.file.folder, arm, self.failed[arm.manifest_sha256])
         return None
 
     def choose(self, key: str) -> Choice:
