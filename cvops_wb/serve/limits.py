@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'FORM', 'JSON', 'ENVELOPE', 'READ_SECONDS', 'IMAGES', 'Receive', 'SMALL', 'BadRequest',
            'explain', 'Upload', 'read_upload', 'read_small', 'read_request', 'read_feedback', 'too_large',
            'check_length', 'read_body', 'split_type', 'find_files', 'Parts', 'list_images', 'find_encoded',
-           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate', 'Rates']
+           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'too_busy', 'Gate', 'Rates']
 
 # %% ../../nbs/api/serve/03_limits.ipynb #10f6c8c3
 import asyncio
@@ -260,6 +260,10 @@ def check_caller(
         raise BadRequest(403, "other_origin", "a page of another site may not ask", "open the page of this service")
 
 # %% ../../nbs/api/serve/03_limits.ipynb #482bc791
+def too_busy() -> BadRequest:
+    "The refusal of one more than fit in the line."
+    return BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
+
 class Gate:
     "So many at once, and no more."
 
@@ -269,7 +273,7 @@ class Gate:
     def check(self) -> None:
         "`BadRequest` 429 if it is full."
         if self.inside < self.most: return
-        raise BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
+        raise too_busy()
 
     def enter(self) -> None:
         "Take a place, or be refused."

@@ -112,9 +112,9 @@ def make_server(application: Application, config: Any) -> Any:
 # %% ../../../nbs/api/serve/service/06_application.ipynb #92a47ccd
 def choose_protocol(application: Application) -> Any:
     "How HTTP is spoken: with the short way, where httptools is installed."
-    try: from cvops_wb.serve.service.wire import Turn, Wire
+    try: from cvops_wb.serve.service.wire import Refusals, Turn, Wire
     except ImportError: return "auto"
-    return partial(Wire, application, Turn())
+    return partial(Wire, application, Turn(), Refusals(application))
 
 def steady_memory(kept: int = 32*2**20) -> None:
     "Let the C library keep what images of usual size take: to give it back and ask for it again costs more than to resize them."
