@@ -2,6 +2,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import time
 from dataclasses import replace
 
@@ -226,6 +227,31 @@ def test_answering_all_of_a_turn_in_it_is_found(app, slow, monkeypatch):
     monkeypatch.setattr(Turn, "add", lambda self, loop, answer: answer())
     asyncio.run(talk_together(app, [*[PLAIN["raw"]]*app.gate.most, LIVE]))
     assert slow[:slow.index("live")].count("answer") > 2
+
+
+def test_new_connections_are_let_in_before_the_next_answer(app, slow, monkeypatch):
+    "uvloop accepts one in each turn: who stands before the door does not wait until everybody within has been answered."
+    uvloop = pytest.importorskip("uvloop")
+    monkeypatch.setattr(Wire, "connection_made", lambda self, transport, made=Wire.connection_made: (slow.append("in"), made(self, transport))[1])
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: found = runner.run(crowd(app, 40))
+    third = [k for k, what in enumerate(slow) if what == "answer"][2]
+    assert sorted(found) == [200]*found.count(200) + [429]*found.count(429) and len(found) == 40 and found.count(200) > app.gate.most
+    assert slow[:third].count("in") > 15, slow
+
+
+async def crowd(app, count: int) -> list[int]:
+    "Statuses of callers who all stand before the door with their request when the loop begins to hear."
+    listener, request = socket.create_server(("127.0.0.1", 0), backlog=count), PLAIN["raw"]
+    callers = [socket.create_connection(listener.getsockname()) for _ in range(count)]
+    for caller in callers: caller.sendall(request)
+    config, turn, state, refusals = Config(app, lifespan="off", log_config=None), Turn(), ServerState(), Refusals(app)
+    config.load()
+    server = await asyncio.get_running_loop().create_server(lambda: Wire(app, turn, refusals, config=config, server_state=state, app_state={}), sock=listener)
+    replies = [await asyncio.to_thread(caller.recv, 4096) for caller in callers]
+    for caller in callers: caller.close()
+    server.close()
+    await asyncio.sleep(.05)
+    return [int(reply[9:12]) for reply in replies]
 
 
 def test_who_leaves_the_line_is_not_answered(app, slow):
