@@ -4052,6 +4052,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'cvops_wb/serve/service/door.py'),
                                              'cvops_wb.serve.service.door.Door.data_received': ( 'api/serve/service/door.html#door.data_received',
                                                                                                  'cvops_wb/serve/service/door.py'),
+                                             'cvops_wb.serve.service.door.Door.has_room': ( 'api/serve/service/door.html#door.has_room',
+                                                                                            'cvops_wb/serve/service/door.py'),
                                              'cvops_wb.serve.service.door.Door.is_idle': ( 'api/serve/service/door.html#door.is_idle',
                                                                                            'cvops_wb/serve/service/door.py'),
                                              'cvops_wb.serve.service.door.Door.on_message_begin': ( 'api/serve/service/door.html#door.on_message_begin',

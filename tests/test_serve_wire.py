@@ -17,7 +17,8 @@ from cvops_wb.serve import read_predictions
 from cvops_wb.serve.service import Application
 from cvops_wb.serve.service import wire as room
 from cvops_wb.serve.service.door import Door, read_head
-from cvops_wb.serve.service.wire import SHORT, Refusals, Turn, Wire
+from cvops_wb.serve.service.state import LINE, SHORT
+from cvops_wb.serve.service.wire import Refusals, Turn, Wire
 
 JPEG = photograph("green")
 FORM = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\nContent-Type: image/jpeg\r\n\r\n' + JPEG + b"\r\n--edge--\r\n"
@@ -211,7 +212,7 @@ LIVE = make_request("/livez", b"", verb="GET")
 
 def test_of_many_that_come_together_a_line_is_answered_and_the_others_are_told_at_once(app, slow):
     "Counted, not timed: no refusal and nobody who asks whether it lives waits for more than the answer that is under way."
-    line = app.gate.most
+    line = LINE
     found = asyncio.run(talk_together(app, [*[PLAIN["raw"]]*(5*line), LIVE]))
     answered = slow.count("answer")
     assert line <= answered <= line + 3 and slow.count("refusal") == 5*line - answered and [status for status, *_ in found].count(200) == answered + 1
@@ -225,7 +226,7 @@ def test_of_many_that_come_together_a_line_is_answered_and_the_others_are_told_a
 def test_answering_all_of_a_turn_in_it_is_found(app, slow, monkeypatch):
     "The planted bug: whoever has come is answered before anybody else is heard."
     monkeypatch.setattr(Turn, "add", lambda self, loop, answer: answer())
-    asyncio.run(talk_together(app, [*[PLAIN["raw"]]*app.gate.most, LIVE]))
+    asyncio.run(talk_together(app, [*[PLAIN["raw"]]*LINE, LIVE]))
     assert slow[:slow.index("live")].count("answer") > 2
 
 
@@ -233,9 +234,9 @@ def test_new_connections_are_let_in_before_the_next_answer(app, slow, monkeypatc
     "uvloop accepts one in each turn: who stands before the door does not wait until everybody within has been answered."
     uvloop = pytest.importorskip("uvloop")
     monkeypatch.setattr(Wire, "connection_made", lambda self, transport, made=Wire.connection_made: (slow.append("in"), made(self, transport))[1])
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: found = runner.run(crowd(app, 40))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner: found = runner.run(crowd(app, 80))
     third = [k for k, what in enumerate(slow) if what == "answer"][2]
-    assert sorted(found) == [200]*found.count(200) + [429]*found.count(429) and len(found) == 40 and found.count(200) > app.gate.most
+    assert sorted(found) == [200]*found.count(200) + [429]*found.count(429) and len(found) == 80 and found.count(200) > LINE
     assert slow[:third].count("in") > 15, slow
 
 
@@ -256,19 +257,19 @@ async def crowd(app, count: int) -> list[int]:
 
 def test_who_leaves_the_line_is_not_answered(app, slow):
     early = 3
-    found = asyncio.run(talk_together(app, [PLAIN["raw"]]*app.gate.most, early=early))
-    assert len(found) == app.gate.most - early and slow.count("answer") < app.gate.most and app.gate.inside == 0
+    found = asyncio.run(talk_together(app, [PLAIN["raw"]]*LINE, early=early))
+    assert len(found) == LINE - early and slow.count("answer") < LINE and app.gate.inside == 0
 
 
 def test_a_line_on_one_connection_keeps_its_order(app, ways):
     "What is sent behind a request that stands in the line waits for it, and goes the usual way."
-    requests = [make_request("/predict", JPEG, "image/jpeg", X_Request_Id=f"r{k}") for k in range(app.gate.most + 3)]
+    requests = [make_request("/predict", JPEG, "image/jpeg", X_Request_Id=f"r{k}") for k in range(LINE + 3)]
     found = ask(app, b"".join(requests), count=len(requests))
     assert [headers["x-request-id"] for _, headers, _ in found] == [f"r{k}" for k in range(len(requests))] and {status for status, *_ in found} == {200}
 
 
 def test_the_door_says_what_the_usual_way_says(app, ways, monkeypatch):
-    app.gate.inside, request = app.gate.most, make_request("/predict", JPEG, "image/jpeg", X_Request_Id="Mine.1")
+    app.gate.inside, request = LINE, make_request("/predict", JPEG, "image/jpeg", X_Request_Id="Mine.1")
     [door] = ask(app, request)
     monkeypatch.setattr(Door, "refuse", lambda self, data: False)
     [parsed] = ask(app, request)
@@ -279,9 +280,10 @@ def test_the_door_says_what_the_usual_way_says(app, ways, monkeypatch):
     assert told[0] == told[1] == told[2] and told[0]["retry-after"] == "1"
 
 
-def test_what_the_door_has_refused_is_skipped_and_counted(app, ways):
+def test_what_the_door_has_refused_is_skipped_and_counted(app, ways, monkeypatch):
     "A body that comes in parts, the next request on the same connection, and a token that nobody asked for."
-    app.gate.inside, request = app.gate.most, PLAIN["raw"]
+    monkeypatch.setattr(Refusals, "EVERY", .001)
+    app.gate.inside, request = LINE, PLAIN["raw"]
     found = ask(app, request[:500], request[500:900], request[900:], request, count=2)
     app.gate.inside = 0
     assert [status for status, *_ in found] == [429, 429] and ways == ["door", "door"]
@@ -292,7 +294,7 @@ def test_what_the_door_has_refused_is_skipped_and_counted(app, ways):
 
 async def talk_full_then_free(app, request: bytes) -> list[int]:
     "Statuses of two requests on one connection; there is room for the second, whose beginning comes with the end of the first."
-    app.gate.inside = app.gate.most
+    app.gate.inside = LINE
     async def free():
         await asyncio.sleep(.03)
         app.gate.inside = 0

@@ -270,15 +270,14 @@ class Gate:
     def __init__(self, most: int):
         self.most, self.inside, self.lock = most, 0, Lock()
 
-    def check(self) -> None:
-        "`BadRequest` 429 if it is full."
-        if self.inside < self.most: return
-        raise too_busy()
+    def check(self, most: int = 0) -> None:
+        "`BadRequest` 429 if it is full; `most`: of those who need less than others, and may be more."
+        if self.inside >= (most or self.most): raise too_busy()
 
-    def enter(self) -> None:
+    def enter(self, most: int = 0) -> None:
         "Take a place, or be refused."
         with self.lock:
-            self.check()
+            self.check(most)
             self.inside += 1
 
     def leave(self) -> None:

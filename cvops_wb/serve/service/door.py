@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UPLOAD', 'LONGEST', 'LENGTH', 'ODD', 'Head', 'read_head', 'Refusals', 'Door']
 
-# %% ../../../nbs/api/serve/service/08_door.ipynb #603ac57a
+# %% ../../../nbs/api/serve/service/08_door.ipynb #d9f60a81
 import os
 import re
 from collections import Counter
@@ -18,9 +18,9 @@ from ..limits import explain, too_busy
 from ..predictions import to_json
 from .messages import HEADERS, REQUEST_ID
 from .routes import ACCESS
-from .state import State
+from .state import LINE, SHORT, State
 
-# %% ../../../nbs/api/serve/service/08_door.ipynb #dce16c3c
+# %% ../../../nbs/api/serve/service/08_door.ipynb #b9cda245
 UPLOAD = re.compile(rb"POST (/predict(?:/batch)?) HTTP/1\.1\r\n")
 LONGEST = 4096          # bytes of a head that is looked at
 LENGTH = re.compile(rb"\r\ncontent-length: ?(\d{1,9})\r\n")
@@ -47,7 +47,7 @@ def _read_given(low: bytes, head: bytes) -> str:
     given = head[at + 15:low.index(b"\r\n", at + 2)].strip().decode("latin-1")
     return given if REQUEST_ID.fullmatch(given) else ""
 
-# %% ../../../nbs/api/serve/service/08_door.ipynb #172fe754
+# %% ../../../nbs/api/serve/service/08_door.ipynb #139d998d
 class Refusals:
     "What is said at the door, and how often it was."
     EVERY = .1      # seconds between two updates of the counters
@@ -76,13 +76,14 @@ class Refusals:
         for path, times in told.items(): self.app.metrics.child(self.app.metrics.requests, path, self.status, self.app.version).inc(times)
         self.app.metrics.child(self.app.metrics.refusals, "busy").inc(told.total())
 
-# %% ../../../nbs/api/serve/service/08_door.ipynb #f7303d00
+# %% ../../../nbs/api/serve/service/08_door.ipynb #f372f4a3
 class Door(HttpToolsProtocol):
     "uvicorn's HTTP/1.1, which refuses uploads by their first bytes while the line is full."
 
     def __init__(self, application: State, refusals: Refusals, **given: Any):
         super().__init__(**given)
         self.application, self.refusals, self.file = application, refusals, -1
+        self.least = min(LINE, application.gate.most)       # who are inside when somebody may have to be refused
         self.begun, self.skipped, self.heard = False, 0, float("-inf")     # a message has; bytes that are let go; when it was last refused
 
     def connection_made(self, transport: Any) -> None:
@@ -91,7 +92,7 @@ class Door(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.skipped: data = self.skip(data)
-        if data and not (self.application.gate.inside >= self.application.gate.most and self.refuse(data)): super().data_received(data)
+        if data and not (self.application.gate.inside >= self.least and self.refuse(data)): super().data_received(data)
 
     def skip(self, data: bytes) -> bytes:
         "Let go of what belongs to a request that is refused already; what comes after it."
@@ -104,13 +105,18 @@ class Door(HttpToolsProtocol):
         if self.begun or not self.is_idle() or self.application.closing: return False
         end = data.find(b"\r\n\r\n")
         head = read_head(data[:end + 2]) if 0 < end < LONGEST else None
-        if head is None or head.length > 2*self.application.settings.max_bytes or len(data) > end + 4 + head.length: return False
+        if head is None or self.has_room(head.length) or head.length > 2*self.application.settings.max_bytes or len(data) > end + 4 + head.length: return False
         self.skipped = end + 4 + head.length - len(data)
         self.put(self.refusals.write(head.path, head.given, self.server_state.default_headers, self.loop))
         self.server_state.total_requests += 1
         self.heard = self.loop.time()
         if self.timeout_keep_alive_task is None: self.wait_for_next()
         return True
+
+    def has_room(self, length: int) -> bool:
+        "Whether an upload of that many bytes finds a place."
+        app = self.application
+        return app.gate.inside < (LINE if length <= SHORT and app.is_swift() else app.gate.most)
 
     def on_message_begin(self) -> None:
         self.begun = True
