@@ -4184,6 +4184,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'cvops_wb/serve/service/wire.py'),
                                              'cvops_wb.serve.service.wire.Turn.add': ( 'api/serve/service/wire.html#turn.add',
                                                                                        'cvops_wb/serve/service/wire.py'),
+                                             'cvops_wb.serve.service.wire.Turn.answer_some': ( 'api/serve/service/wire.html#turn.answer_some',
+                                                                                               'cvops_wb/serve/service/wire.py'),
                                              'cvops_wb.serve.service.wire.Turn.go_on': ( 'api/serve/service/wire.html#turn.go_on',
                                                                                          'cvops_wb/serve/service/wire.py'),
                                              'cvops_wb.serve.service.wire.Waiting': ( 'api/serve/service/wire.html#waiting',
