@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'SAMPLE_COLUMNS', 'ADDED_COLUMNS', 'Record', 'parse_record', 'Batch', 'Selection', 'View', 'Snapshot',
-           'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Trigger', 'Envelope',
-           'read_envelope', 'read_record']
+           'Piles', 'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Trigger',
+           'Envelope', 'read_envelope', 'read_record']
 
 # %% ../../nbs/api/core/04_records.ipynb #b4e5db1e
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -80,6 +80,15 @@ class Batch(Record):
     rejected: int               # files set aside with a reason
     classes: dict[str, int]     # label → images
     table_sha256: str = ""      # of the sample table's content
+    skipped: dict[str, int] = field(default_factory=dict)   # kind of file that was not read → files
+    notes: list[str] = field(default_factory=list)          # what was understood that a person may want to correct
+
+    @property
+    def remarks(self) -> list[str]:
+        "What a person should read of it: the notes, and what was not read."
+        kinds = ", ".join(f"{count:,} × {kind}" for kind, count in sorted(self.skipped.items(), key=lambda pair: (-pair[1], pair[0])))
+        total = sum(self.skipped.values())
+        return [*self.notes, *([f"{total:,} file{'s were' if total > 1 else ' was'} not read: {kinds}"] if total else [])]
 
 @dataclass(frozen=True)
 class Selection(Record):
@@ -119,6 +128,17 @@ class Snapshot(Record):
     pushed: bool = False
     views: dict[str, int] = field(default_factory=dict)     # saved views that belong to it → samples
     only: str = ""              # the saved view that it was limited to
+
+@dataclass(frozen=True)
+class Piles(Record):
+    "Images without a label, laid in piles of what looks alike."
+    snapshot: str               # snapshot id
+    table: str                  # Parquet: id, pile, rank from the pile's middle (-1: not shown)
+    piles: dict[str, int]       # number → images
+    count: int
+    embedder: str = ""          # what looked
+    told: str = ""              # whether the piles are more than chance
+    page: str = ""              # HTML
 
 @dataclass(frozen=True)
 class Candidate(Record):

@@ -236,7 +236,7 @@ def _read_verified(folder: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 
 def _spoilt(path: Path, got: Any) -> BadModel:
     return BadModel(f"a model's file is not what was written: {path.name}", got=f"{path}: {got}",
-                    fix="restore it (`dvc checkout --force`, `dvc pull`), or train again")
+                    fix="restore it (`cvops pull`), or train again")
 
 # %% ../../nbs/api/learn/06_exporting.ipynb #d1c95fb9
 @dataclass(frozen=True)

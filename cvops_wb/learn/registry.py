@@ -114,7 +114,7 @@ def find_version(
     if found: return found[0]
     known = ", ".join(f"{v.version}" + (f" ({v.alias})" if v.alias else "") for v in versions) or "none"
     raise UnknownVersion(f"the model {name!r} has no version {which!r}", got=f"registered: {known}",
-                         fix="run `cvops register`, or `dvc pull` in a clone")
+                         fix="run `cvops register`, or `cvops pull` in a clone")
 
 # %% ../../nbs/api/learn/11_registry.ipynb #3fc038a3
 @dataclass(frozen=True)

@@ -145,13 +145,17 @@ def demo(
 
     \b
     cvops demo
-    cvops demo --data ~/photos
+    cvops demo --data ~/photos      where there is no workbench, one is made: photos-workbench/
     cvops demo -p train.epochs=100 -p curate.split=grouped
     """
+    from cvops_wb.loop.workbench import enter_workbench
+    data = os.path.abspath(os.path.expanduser(data)) if data and os.path.exists(os.path.expanduser(data)) else data
+    if entered := enter_workbench(data, dry_run): print(f"there is no workbench here: {'one would be made in' if dry_run else 'working in'} {entered}", file=sys.stderr)
+    if entered and dry_run: return Reply({"workbench": entered})
     given, sets = make_demo(place(data), label), parse_stage_sets(set, STAGES)
     reply = run_stages({stage: given.get(stage, {}) | sets[stage] for stage in STAGES}, force=force, dry=dry_run)
-    if not dry_run: reply.text = summarize(reply.document)
-    return reply
+    if not dry_run: reply.text = summarize(reply.document) + (f"\n  first     cd {entered}" if entered else "")
+    return Reply(reply.document | ({"workbench": entered} if entered else {}), reply.text, reply.code)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #4ce8bae6
 @app.command(rich_help_panel=LOOP)
@@ -241,6 +245,7 @@ def train(
     \b
     cvops train --epochs 40 --size 112
     cvops train -p lr=0.002 -p batch_size=32
+    cvops train --network torchvision:resnet18      begins with torchvision's weights where they can be had
     """
     options = {"network": network, "epochs": epochs, "size": size, "seed": seed, "device": device, "snapshot": snapshot}
     return run_stages({"train": options}, set, force, dry_run)
@@ -458,5 +463,6 @@ def convert(
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import overview, checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
+from .checking import piling   # noqa: F401
 from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401

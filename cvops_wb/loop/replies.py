@@ -97,7 +97,8 @@ def run_stages(
     stages = [tell_outcome(name, outcome) for name, outcome in result.outcomes.items()]
     document = {"seconds": round(result.seconds, 3), "stages": stages, "left_out": result.skipped,
                 "errors": {name: tell_error(error) for name, error in result.errors.items()}}
-    return Reply(document, "\n".join(f"  {stage['page']}" for stage in stages), result.exit_code)
+    remarks = [f"  {line}" for outcome in result.outcomes.values() for line in getattr(outcome.envelope.record, "remarks", ())]
+    return Reply(document, "\n".join([*remarks, *(f"  {stage['page']}" for stage in stages)]), result.exit_code)
 
 # %% ../../nbs/api/loop/10_replies.ipynb #e38c6144
 def tell_outcome(stage: str, outcome: Outcome) -> dict[str, Any]:
@@ -126,6 +127,8 @@ def summarize(document: dict[str, Any]) -> str:
     pages = [stages[name]["page"] for name in ("ingest", "evaluate", "monitor") if name in stages]
     pages += [stages["monitor"]["record"]["report"]] if "monitor" in stages else []
     lines += [f"  {'pages' if k == 0 else '':<9} {page}" for k, page in enumerate(pages)]
+    remarks = getattr(parse_record(stages["ingest"]["record"]), "remarks", []) if "ingest" in stages else []
+    lines += [f"  {'note' if k == 0 else '':<9} {remark}" for k, remark in enumerate(remarks)]
     return "\n".join(["", *lines, *([NEXT] if "monitor" in stages else [])])
 
 # %% ../../nbs/api/loop/10_replies.ipynb #a1e0c0df

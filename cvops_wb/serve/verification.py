@@ -66,7 +66,7 @@ def verify_model(
 def spoilt(path: Path, why: object) -> BadModel:
     "The error that names a file."
     return BadModel(f"a model's file was refused: {path.name}", got=f"{path}: {why}",
-                    fix="restore the file (`dvc pull`), or package the version again: cvops run package --force")
+                    fix="restore the file (`cvops pull`), or package the version again: cvops run package --force")
 
 # %% ../../nbs/api/serve/01_verification.ipynb #3768f033
 def read_once(path: Path) -> bytes:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['formats', 'IMAGES', 'OTHER_IMAGES', 'SPLITS', 'Item', 'Listing', 'Format', 'is_image_name', 'clean_name',
-           'walk_images', 'place_item', 'bring_home', 'find_format', 'explain_source', 'export_samples']
+           'walk_images', 'count_unread', 'place_item', 'bring_home', 'find_format', 'explain_source', 'export_samples']
 
 # %% ../../../nbs/api/data/formats/00_init.ipynb #ccdf298b
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +40,8 @@ class Listing:
     "The files of a source, by name."
     items: list[Item]
     labeled_by: str                                         # `folder`, `lists`, `coco`, …
-    skipped: dict[str, int] = field(default_factory=dict)   # kind of file that is no image → files
+    skipped: dict[str, int] = field(default_factory=dict)   # kind of file that was not read → files
+    notes: tuple[str, ...] = ()                             # what was understood that a person may want to correct
 
 class Format(Protocol):
     "A way in which images and labels lie."
@@ -85,6 +86,25 @@ def walk_images(
             if name.startswith("."): skipped["hidden"] += 1
             elif name in files and not is_image_name(name): skipped[path.suffix.lower()] += 1
             else: yield _make_item(root, path)
+
+def count_unread(
+    root: Path,                     # the source
+    items: list[Item],              # what its description names
+    documents: Iterable[Path] = (), # descriptions that were read
+) -> dict[str, int]:
+    "The files below a folder that are neither, by kind."
+    known, skipped = {item.name for item in items}, Counter()
+    for folder, folders, files in os.walk(root := root.resolve()):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        before = clean_name("" if Path(folder) == root else f"{Path(folder).relative_to(root).as_posix()}/")
+        skipped.update(kind for name in files if (kind := _name_kind(before + clean_name(name), known)))
+    skipped.subtract(path.suffix.lower() for path in set(documents) if path.is_relative_to(root))
+    return dict(+skipped)
+
+def _name_kind(name: str, known: set[str]) -> str:
+    last = name.rpartition("/")[2]
+    if last.startswith("."): return "hidden"
+    return Path(last).suffix.lower() if not is_image_name(last) else "" if name in known else "images that nothing names"
 
 def _make_item(root: Path, path: Path) -> Item:
     name = clean_name(path.relative_to(root).as_posix())

@@ -7,6 +7,7 @@ __all__ = ['SUFFIXES', 'Entry', 'Caps', 'unpack', 'prepare_archive', 'enter_sing
 
 # %% ../../../nbs/api/data/formats/20_archives.ipynb #5e1649b6
 import errno
+import json
 import os
 import shutil
 import tarfile
@@ -20,7 +21,7 @@ from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
 from ...core.errors import BadInput, NoRoom
-from ...core.files import hash_value, human_size, join_within, write_atomic
+from ...core.files import dump_json, hash_value, human_size, join_within, write_atomic
 from ...core.settings import load_settings
 from . import Listing, find_format, formats
 
@@ -96,11 +97,11 @@ def prepare_archive(source: str) -> Path:
     if not (folder/".complete").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        try: unpack(path, folder/"files")
+        try: skipped = unpack(path, folder/"files")
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        write_atomic(folder/".complete", "")
+        write_atomic(folder/".complete", dump_json(dict(skipped)))
     return enter_single(folder/"files")
 
 def enter_single(folder: Path) -> Path:
@@ -132,4 +133,10 @@ class Archive:
 def read_inside(folder: Path, label: str) -> Listing:
     "A folder of our own cache, read by the format that knows it."
     listing = find_format(str(folder))[1].read(str(folder), label)
-    return replace(listing, items=sorted(listing.items, key=lambda item: item.name))
+    return replace(listing, items=sorted(listing.items, key=lambda item: item.name), skipped={**listing.skipped, **_read_passed(folder)})
+
+def _read_passed(folder: Path) -> dict[str, int]:
+    "What of an archive was not unpacked, by kind."
+    marks = [parent/".complete" for parent in folder.parents if (parent/".complete").is_file()]
+    text = marks[0].read_text(encoding="utf-8") if marks else ""
+    return json.loads(text) if text else {}

@@ -7,14 +7,13 @@ __all__ = ['NAMES', 'list_texts', 'judge_line', 'find_way', 'read_names', 'read_
            'Boxes']
 
 # %% ../../../nbs/api/data/formats/12_boxes.ipynb #5037b04e
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from ...core.errors import BadInput
-from . import SPLITS, Item, Listing, clean_name, formats, place_item, walk_images
+from . import SPLITS, Item, Listing, clean_name, count_unread, formats, place_item, walk_images
 from .documents import find_document, read_document, read_head
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object
 from .yolo import read_line
@@ -50,8 +49,10 @@ def find_way(root: Path) -> str:
 # %% ../../../nbs/api/data/formats/12_boxes.ipynb #84416835
 def read_names(root: Path) -> list[str]:
     "The classes in their order; none if no file names them."
-    path = next((found for name in NAMES if (found := find_document(root, name))), None)
+    path = _find_names(root)
     return [clean_name(line.strip()) for line in read_document(path).splitlines() if line.strip()] if path else []
+
+def _find_names(root: Path) -> Path | None: return next((found for name in NAMES if (found := find_document(root, name))), None)
 
 def read_corners(line: str, classes: dict[int, str]) -> Object:
     "The object of `x1 y1 x2 y2 class`, in pixels; `BadAnnotation` for another line."
@@ -89,15 +90,17 @@ class Boxes:
     @staticmethod
     def read(source: str, label: str = "") -> Listing:
         "Every image below the folder; its split by a folder called so."
-        root, skipped = Path(source).expanduser().resolve(), Counter()
+        root = Path(source).expanduser().resolve()
         way = find_way(root)
         if not way: raise BadInput("there are no boxes here", got=source, fix="beside each image, or in labels/ for images/: `class x y width height` as shares of the sides, or `x1 y1 x2 y2 class` in pixels")
         read = partial(read_corners if way == "corners" else read_shares, classes=number_classes(read_names(root), root, way))
-        return Listing([_read_item(root, item, read) for item in sorted(walk_images(root, skipped), key=lambda item: item.name)], "boxes", dict(skipped))
+        found = sorted(walk_images(root), key=lambda item: item.name)
+        texts = [next(list_texts(root, item.name), None) for item in found]
+        documents = filter(None, [*texts, _find_names(root)])
+        return Listing([_read_item(root, item, read, path) for item, path in zip(found, texts)], "boxes", count_unread(root, found, documents))
 
-def _read_item(root: Path, item: Item, read: partial) -> Item:
+def _read_item(root: Path, item: Item, read: partial, path: Path | None) -> Item:
     split = next((SPLITS[part.lower()] for part in item.name.split("/")[:-1] if part.lower() in SPLITS), "")
-    path = next(list_texts(root, item.name), None)
     if path is None or item.problem: return Item(item.name, item.path, "", split, item.problem, item.detail)
     try: text = dump_objects(objects := [read(line) for line in read_document(path).splitlines() if line.strip()])
     except BadInput as e: return Item(item.name, None, problem="bad_annotation", detail=f"{e.what}: {clean_name(str(e.got))}")

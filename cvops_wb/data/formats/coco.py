@@ -15,7 +15,7 @@ from typing import Any
 
 from ...core.errors import BadInput
 from ...core.files import dump_json, hash_file, write_atomic
-from . import SPLITS, Item, Listing, clean_name, formats, place_item
+from . import SPLITS, Item, Listing, clean_name, count_unread, formats, place_item
 from .documents import list_documents, parse_json, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object
@@ -64,7 +64,8 @@ class Coco:
         root, files = find_instances(source)
         if not files: raise BadInput("there is no COCO file here", got=source, fix="give a folder with annotations/instances_train.json, or the file itself")
         items = [item for file in files for item in _read_file(root, file)]
-        return Listing(sorted(items, key=lambda item: item.name), "coco")
+        unread = count_unread(root, items, files) if Path(source).expanduser().is_dir() else {}     # a file given alone may lie in a home folder
+        return Listing(sorted(items, key=lambda item: item.name), "coco", unread)
 
     @staticmethod
     def fingerprint(source: str) -> list[Any]:

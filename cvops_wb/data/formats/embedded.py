@@ -17,7 +17,7 @@ from ...core.files import hash_value, write_atomic
 from ...core.settings import load_settings
 from . import SPLITS, Item, Listing, clean_name, formats
 from .documents import list_documents
-from .tables import find_bytes, find_columns
+from .tables import choose_columns, find_bytes
 from ..images import sniff_format
 
 # %% ../../../nbs/api/data/formats/22_embedded.ipynb #52f8e714
@@ -45,10 +45,16 @@ def _read_file(path: Path, label: str) -> Iterator[tuple[bytes, str]]:
     import pyarrow.parquet as pq
     with pq.ParquetFile(path) as file:
         image = find_bytes(path)
-        column = "" if label == "none" else find_columns([name for name in file.schema_arrow.names if name != image], label).get("label", "")
+        column = _choose_column(file, image, label)
         classes = read_class_names(path, column)
         for batch in file.iter_batches(64, columns=[image, *([column] if column else [])]):
             yield from ((_take_bytes(row[image]), _name_class(row.get(column), classes)) for row in batch.to_pylist())
+
+def _choose_column(file: Any, image: str, label: str) -> str:
+    "The column of the classes, chosen as in any table."
+    names = [name for name in file.schema_arrow.names if name != image]
+    rows = [{name: "" if value is None else str(value) for name, value in row.items()} for row in file.read(columns=names).to_pylist()] if names else []
+    return choose_columns(rows, label).get("label", "") if rows else ""
 
 def _take_bytes(value: Any) -> bytes: return (value.get("bytes") if isinstance(value, dict) else value) or b""
 

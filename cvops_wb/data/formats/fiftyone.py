@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core.errors import BadInput, UnknownName
 from ...core.files import dump_json, write_atomic
-from . import SPLITS, Item, Listing, clean_name, formats, place_item
+from . import SPLITS, Item, Listing, clean_name, count_unread, formats, place_item
 from .documents import find_document, parse_json
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object, to_shares
@@ -42,7 +42,8 @@ class Fiftyone:
         known = {name for sample in samples for name, value in sample.items() if isinstance(value, dict) and value.get("_cls") in ("Classification", *_LISTS)}
         if label and label not in known: raise UnknownName("label field", label, known)
         order = [label, "ground_truth", "label", *sorted(known)]
-        return Listing(sorted((_read_sample(root, sample, order) for sample in samples), key=lambda item: item.name), "fiftyone")
+        items = sorted((_read_sample(root, sample, order) for sample in samples), key=lambda item: item.name)
+        return Listing(items, "fiftyone", count_unread(root, items, [path, root/"metadata.json"]))
 
     @staticmethod
     def write(samples: list[Sample], root: Path) -> list[str]:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from ...core.errors import BadInput, UnknownName
-from . import IMAGES, OTHER_IMAGES, SPLITS, Item, Listing, clean_name, formats, place_item
+from . import IMAGES, OTHER_IMAGES, SPLITS, Item, Listing, clean_name, count_unread, formats, place_item
 from .documents import find_document, list_documents
 
 # %% ../../../nbs/api/data/formats/02_lists.ipynb #4f164050
@@ -69,9 +69,11 @@ class Lists:
         lists = find_lists(source)
         if not lists: raise BadInput("there is no list here", got=source, fix="give a folder with train.txt, val.txt or test.txt, or use --format folder")
         root = next(iter(lists.values())).parent
-        names = read_names(find_document(root, "classes.csv") or root/"no classes.csv")
+        described = find_document(root, "classes.csv") or root/"no classes.csv"
+        names = read_names(described)
         items = [_make_item(root, name, labels, split, label, names) for split, path in lists.items() for name, labels in read_list(path)]
-        return Listing(sorted(items, key=lambda item: item.name), "lists")
+        unread = count_unread(root, items, [*lists.values(), *([described] if names else [])]) if Path(source).expanduser().is_dir() else {}
+        return Listing(sorted(items, key=lambda item: item.name), "lists", unread)
 
 def _make_item(root: Path, name: str, labels: tuple[str, ...], split: str, label: str, names: dict[str, dict[str, str]]) -> Item:
     columns = COLUMNS[len(labels)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ...core.errors import BadInput
 from ...core.files import write_atomic
-from . import IMAGES, SPLITS, Item, Listing, formats, place_item, walk_images
+from . import IMAGES, SPLITS, Item, Listing, count_unread, formats, place_item, walk_images
 from .documents import find_document, list_documents, parse_xml, read_document, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, make_object
@@ -69,7 +69,9 @@ class Voc:
         known = {item.name for item in items} | {f"JPEGImages/{PurePosixPath(item.name).name}" for item in items if item.problem}
         others = [item.name for item in walk_images(root) if item.name not in known]
         bare = [place_item(root, name, given_split=splits.get(PurePosixPath(name).stem, "")) for name in others if not name.startswith(MASKS)]
-        return Listing(sorted([*items, *bare], key=lambda item: item.name), "voc", {"masks": len(others) - len(bare)} if len(others) > len(bare) else {})
+        lists = [path for name in SPLITS if (path := find_document(root, f"ImageSets/Main/{name}.txt"))]
+        unread = count_unread(root, [*items, *(Item(name, None) for name in others)], [*files, *lists]) | ({"masks": len(others) - len(bare)} if len(others) > len(bare) else {})
+        return Listing(sorted([*items, *bare], key=lambda item: item.name), "voc", unread)
 
     @staticmethod
     def write(samples: list[Sample], root: Path) -> list[str]:

@@ -6,14 +6,13 @@
 __all__ = ['find_description', 'read_classes', 'list_folders', 'Yolo', 'read_line']
 
 # %% ../../../nbs/api/data/formats/11_yolo.ipynb #1ce70a13
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ...core.errors import BadInput, needs
 from ...core.files import join_within, write_atomic
-from . import SPLITS, Item, Listing, bring_home, clean_name, formats, place_item, walk_images
+from . import SPLITS, Item, Listing, bring_home, clean_name, count_unread, formats, place_item, walk_images
 from .documents import find_document, list_documents, parse_yaml, read_document, read_head
 from .exporting import Sample
 from .objects import BadAnnotation, Object, choose_label, dump_objects, find_bounds, make_object, to_shares
@@ -71,11 +70,14 @@ class Yolo:
         "The images of every split, with their objects."
         path = find_description(source)
         if path is None: raise BadInput("there is no data.yaml here", got=source, fix="give a folder with data.yaml, which has `train`, `val` and `names`")
-        root, description, skipped = path.parent, parse_yaml(path), Counter()
+        root, description = path.parent, parse_yaml(path)
         classes, places = read_classes(description.get("names")), list(list_folders(root, description))
         whole = len({place for _, place in places}) == 1 and len(places) > 1     # train and val are one folder: no split at all
-        listed = {name: "" if whole else split for split, place in reversed(places) for name in _list_names(root, place, skipped)}
-        return Listing([_read_item(root, name, split, classes) for name, split in sorted(listed.items())], "yolo", dict(skipped))
+        listed = {name: "" if whole else split for split, place in reversed(places) for name in _list_names(root, place)}
+        texts = {name: _find_text(root, name) for name in listed}
+        items = [_read_item(root, name, split, classes, texts[name]) for name, split in sorted(listed.items())]
+        documents = [path, *filter(None, texts.values()), *(root/place for _, place in places if (root/place).is_file())]
+        return Listing(items, "yolo", count_unread(root, items, documents) if Path(source).expanduser().is_dir() else {})
 
     @staticmethod
     def write(samples: list[Sample], root: Path) -> list[str]:
@@ -93,18 +95,20 @@ class Yolo:
         return [sample.save(root, f"images/{sample.split or 'all'}") for sample in samples]
 
 # %% ../../../nbs/api/data/formats/11_yolo.ipynb #51dc5f90
-def _list_names(root: Path, place: str, skipped: Counter) -> Iterator[str]:
+def _list_names(root: Path, place: str) -> Iterator[str]:
     "Names below the root of the images in a folder, or in a list."
     if not join_within(root, place).is_file():
-        yield from (item.name for item in walk_images(root, skipped, place))
+        yield from (item.name for item in walk_images(root, below=place))
         return
     for line in filter(None, map(str.strip, read_document(join_within(root, place)).splitlines())):
         yield PurePosixPath(PurePosixPath(place).parent, line).as_posix() if line.startswith("./") else bring_home(root, line)
 
-def _read_item(root: Path, name: str, split: str, classes: dict[int, str]) -> Item:
+def _find_text(root: Path, name: str) -> Path | None:
     parts = list(PurePosixPath(name).parts)
     if "images" in parts: parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
-    path = find_document(root, PurePosixPath(*parts).with_suffix(".txt").as_posix()) if parts and parts[-1] not in ("/", "..") else None
+    return find_document(root, PurePosixPath(*parts).with_suffix(".txt").as_posix()) if parts and parts[-1] not in ("/", "..") else None
+
+def _read_item(root: Path, name: str, split: str, classes: dict[int, str], path: Path | None) -> Item:
     if path is None: return place_item(root, name, given_split=split)
     try: text = dump_objects(objects := [read_line(line, classes) for line in read_document(path).splitlines() if line.strip()])
     except BadInput as e: return Item(clean_name(name), None, problem="bad_annotation", detail=f"{e.what}: {e.got}")

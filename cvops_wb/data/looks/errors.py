@@ -60,7 +60,7 @@ def index_errors(evaluation: Evaluation) -> View:
     from cvops_wb.data.views import find_marker, list_environment, open_database
     settings = load_settings()
     found, name = find_files(pd.read_parquet(locate(evaluation.predictions, settings.root)), settings), f"{settings.workbench.name}-errors"
-    if not len(found): raise BadInput("none of the images that were judged is in the store", got=evaluation.predictions, fix="run `cvops evaluate --force`, or `dvc pull` in a clone")
+    if not len(found): raise BadInput("none of the images that were judged is in the store", got=evaluation.predictions, fix="run `cvops evaluate --force`, or `cvops pull` in a clone")
     note = write_atomic(settings.cache/"fiftyone"/"errors.json", dump_json({"rows": list_rows(evaluation, found), "boxes": evaluation.task == "detection"}))
     with open_database(settings) as address:
         told = call([sys.executable, "-c", _BUILDER, str(note), name], "FiftyOne", cwd=settings.root, env=list_environment(settings, address))

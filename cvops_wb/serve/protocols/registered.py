@@ -66,4 +66,4 @@ class Shelf:
         try: return self.load(arm)
         except (CvopsError, OSError) as e:
             logging.error("version %s cannot be loaded: %s", arm.version, e)
-            raise BadRequest(503, "damaged_version", f"version {arm.version} cannot be served: its files are not what was registered", "restore it (`dvc pull`), or call another") from e
+            raise BadRequest(503, "damaged_version", f"version {arm.version} cannot be served: its files are not what was registered", "restore it (`cvops pull`), or call another") from e
