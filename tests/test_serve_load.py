@@ -106,8 +106,9 @@ def compare_with_peak(port: int, worker: int, model: str, factors, seconds: floa
     asyncio.run(Load(port, requests).saturate(8, 1.5))
     before = read_spent(worker)
     peak = asyncio.run(Load(port, requests).saturate(8, seconds))
-    say(f"\n| load | sent/s | goodput/s | of peak | by processor | p50 answered | p99 answered | p99 refused | p99 /livez | p99 late |\n{model}: peak {peak:.1f} a second, eight clients; {(read_spent(worker) - before)/peak/seconds*1e3:.2f} ms of processor an answer")
-    return {factor: ask_beyond(port, worker, requests, (peak, peak*seconds/(read_spent(worker) - before)), factor, seconds) for factor in factors}
+    cost = (read_spent(worker) - before)/peak/seconds
+    say(f"\n| load | sent/s | goodput/s | of peak | by processor | p50 answered | p99 answered | p99 refused | p99 /livez | p99 late |\n{model}: peak {peak:.1f} a second, eight clients; {cost*1e3:.2f} ms of processor an answer")
+    return {factor: ask_beyond(port, worker, requests, (peak, 1/cost), factor, seconds) for factor in factors}
 
 
 @pytest.mark.parametrize("model", ["resnet", "bento"])
@@ -124,7 +125,13 @@ def test_beyond_saturation(bench, model, request):
             with closing(Wire(port)) as wire: assert wire.ask(make_requests(1)[0])[0] == 200
         finally: os.sched_setaffinity(0, before)
     # the sample shares its machine with other tests: hundreds of requests a second, whose caller may not get to send them, count by the processor
-    for factor, shares in found.items(): assert shares[model == "bento" and not FULL] >= (.9 if FULL and factor > 1 else .5), found
+    for factor, shares in found.items(): assert shares[model == "bento" and not FULL] >= find_bound(model, factor), found
+
+
+def find_bound(model: str, factor: float) -> float:
+    "The least share of the peak. Ten times what a network that costs nothing bears is ten thousand requests a second, of which an echo server would leave 0.87: bench/results/load.md."
+    if not FULL or factor <= 1: return .5
+    return .9 if model == "resnet" or factor < 10 else .7
 
 
 # ── callers that time out ──
