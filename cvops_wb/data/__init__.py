@@ -26,7 +26,7 @@ _rooms = {
     "sign_decisions": "versions", "read_decided": "versions", "say_changes": "versions",
     "forget": "versions", "resume_forgetting": "versions", "allow_again": "versions", "back_up": "versions", "restore": "versions",
     "Store": "store", "read_samples": "store", "write_samples": "store", "read_blob": "store", "list_samples": "store", "list_rejected": "store",
-    "decode_image": "images", "open_image": "images", "load_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images", "show_image": "images",
+    "decode_image": "images", "decode_pixels": "images", "resize_pixels": "images", "open_image": "images", "load_image": "images", "inspect_image": "images", "measure_image": "images", "resize_image": "images", "show_image": "images",
     "make_synthetic": "planting", "SynthSpec": "planting", "is_synthetic": "planting",
     "cut_crops": "crops", "can_cut": "crops", "corrupt": "corruptions", "list_corruptions": "corruptions",
     "make_warehouse": "synthesis", "WarehouseSpec": "synthesis", "make_traffic": "synthesis", "hash_drawing": "synthesis", "TrafficSpec": "synthesis",
