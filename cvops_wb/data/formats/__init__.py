@@ -182,7 +182,7 @@ def _count(path: Path) -> str:
 def export_samples(
     snapshot: Snapshot,     # from `find_snapshot`
     out: Path | str,        # a new folder
-    format: str,            # folder, coco, yolo, voc, fiftyone, csv
+    format: str,            # folder, coco, yolo, voc, masks, fiftyone, csv
     aside: bool = False,    # with the samples that were set aside
 ) -> "Exported":
     "Write a snapshot's images, labels, objects and splits; `BadInput` if there is something in the folder already."

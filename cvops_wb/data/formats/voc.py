@@ -43,9 +43,9 @@ def _list_beside(root: Path) -> list[Path]:
     folders = sorted({PurePosixPath(item.name).parent.as_posix() for item in walk_images(root)})
     return [path for folder in folders for path in list_documents(root, "" if folder == "." else folder, (".xml",))]
 
-def read_splits(root: Path) -> dict[str, str]:
-    "Stem of an image → its split, from `ImageSets/Main`."
-    lists = [(split, find_document(root, f"ImageSets/Main/{name}.txt")) for name, split in SPLITS.items()]
+def read_splits(root: Path, folder: str = "Main") -> dict[str, str]:
+    "Stem of an image → its split, from a folder of `ImageSets`."
+    lists = [(split, find_document(root, f"ImageSets/{folder}/{name}.txt")) for name, split in SPLITS.items()]
     return {line.split()[0]: split for split, path in lists if path for line in read_document(path).splitlines() if line.strip()}
 
 # %% ../../../nbs/api/data/formats/12_voc.ipynb #e31277dc
