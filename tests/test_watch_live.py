@@ -16,6 +16,7 @@ from serve_toy import photograph
 from test_serve_canary import Load, arms, make_breaking_graph  # noqa: F401 - a fixture
 from watch_bench import fill_bench, take_picture
 
+from cvops_wb.core.errors import WrongUsage
 from cvops_wb.core.settings import load_settings
 from cvops_wb.serve import Client, Controller, RolloutFile, RolloutSpec, service_running
 from cvops_wb.serve.predictions import PredictionLog, compact_predictions
@@ -237,8 +238,29 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
         closed = browser.new_context().new_page()
         assert closed.goto(address.split("?")[0]).status == 403 and "wb-preview" not in closed.content()
         text = httpx.get(address, timeout=60, trust_env=False).text      # what can be seen comes before what a kernel makes
-        assert text.index("the live page follows") < text.index("<svg") < text.index("</main>") < text.index("jupyter-config-data")
+        assert text.index('id="wb-preview"') < text.index("<svg") < text.index("</main>") < text.index("jupyter-config-data")
         browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_first_picture_answers_and_hands_over(workbench, tmp_path):
+    plant(workbench)
+    held = []
+
+    def look(tab):
+        assert tab.query_selector(".wb-stand") is None and tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+        tab.select_option("#wb-preview select >> nth=1", label="west")
+        tab.wait_for_function("document.querySelector('#wb-seen .tile strong').innerText === '300'", timeout=20_000)
+        codes = tab.evaluate("Promise.all(['seen?period=8+days', 'seen?camera=%3Cb%3E', 'seen'].map(path => fetch(path).then(answer => answer.status)))")
+        for route in held: route.continue_()
+        tab.wait_for_function("!document.querySelector('#wb-preview') && document.querySelector('.wb-stand .tile strong')", timeout=60_000)
+        return codes, tab.inner_text(".wb-stand .tile strong"), tab.evaluate("document.querySelectorAll('select')[1].value"), tab.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('plotly')).length")
+
+    with dashboard_running(settings=workbench, name="monitoring") as (address, _):
+        _, errors, told = take_picture(address, tmp_path/"first.png", 390, before=look, wait="#wb-seen h1", prepare=lambda tab: tab.route("**/voila.js", lambda route: held.append(route)))     # the scripts are held back: the server alone answers
+        assert httpx.get(f"{address.split('?')[0]}seen", trust_env=False).status_code == 403
+    assert errors == [] and told == ([400, 400, 200], "300", "west", 0)
 
 
 def test_viewers_share_the_first_picture(workbench):
@@ -246,13 +268,16 @@ def test_viewers_share_the_first_picture(workbench):
     drawn = []
     preview = find_preview(REPO/"nbs"/"dashboards"/"monitoring.ipynb", workbench)
     draw = preview.draw
-    preview.draw = lambda: (drawn.append(1), time.sleep(.05), draw())[2]
+    preview.draw = lambda *picked: (drawn.append(picked), time.sleep(.05), draw(*picked))[2]
     with ThreadPoolExecutor(6) as pool: texts = set(pool.map(lambda _: preview.take(), range(6)))
-    assert len(texts) == len(drawn) == 1 and "camera-3: darker by 40 %" in preview.text and preview.text.count("data:image/jpeg") == 6
+    assert len(texts) == len(drawn) == 1 and "camera-3: darker by 40 %" in preview.take() and preview.take().count("data:image/jpeg") == 6
     write_rows(workbench.store/"predictions", time.time() - 30 + np.arange(11.), 2, "west")
     assert ">600<" in preview.take() and len(drawn) == 1
-    preview.made -= preview.keep        # it has grown old
-    assert ">611<" in preview.take() and len(drawn) == 2
+    preview.sights = {key: replace(sight, made=sight.made - preview.keep) for key, sight in preview.sights.items()}      # it has grown old
+    assert ">611<" in preview.take() and len(drawn) == 2 and ">311<" in preview.look("7 days", "west").page and drawn[-1] == ("7 days", "west")
+    for other in (("8 days", ""), ("7 days", "north"), ("7 days", HOSTILE)):        # the cache grows by what can be picked, not by what is asked
+        with pytest.raises(WrongUsage): preview.look(*other)
+    assert len(drawn) == 3
 
 
 def test_a_page_that_a_person_changed_has_no_preview(workbench, tmp_path):

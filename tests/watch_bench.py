@@ -154,7 +154,7 @@ def fill_bench(settings, names=CLASSES, darker=.4, live=False, report=False):
     return window
 
 
-def take_picture(address, path, width=1400, height=1000, dark=False, full=True, before=None, wait=None):
+def take_picture(address, path, width=1400, height=1000, dark=False, full=True, before=None, wait=None, prepare=None):
     "Open a page in headless Chromium; returns the requests that were made, the console's errors and the result of `before(page)`."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
@@ -164,7 +164,8 @@ def take_picture(address, path, width=1400, height=1000, dark=False, full=True, 
             asked, errors = [], []
             page.on("request", lambda request: asked.append(request.url))
             page.on("pageerror", lambda error: errors.append(str(error)))
-            page.goto(address, wait_until="load", timeout=60_000)
+            if prepare: prepare(page)
+            page.goto(address, wait_until="commit" if prepare else "load", timeout=60_000)
             if wait: page.wait_for_selector(wait, state="visible", timeout=60_000)
             told = before(page) if before else None
             if path: page.screenshot(path=str(Path(path)), full_page=full)
