@@ -92,7 +92,7 @@ def _read_page(root: Path, path: Path, page: "Element | None", problem: str, spl
     here = path.parent.relative_to(root).as_posix()
     named, folders = (page.findtext("filename") or "" if page is not None else "").strip(), ("JPEGImages", here, "images", "", *SPLITS)
     item = place_item(root, named or path.stem, folders)
-    if not item.problem and not os.path.isfile(item.path): item = next(_find_stem(root, path.stem, folders), item)
+    if not item.problem and (PurePosixPath(item.name).stem != path.stem or not os.path.isfile(item.path)): item = next(_find_stem(root, path.stem, folders), item)     # a name in a file is copied and forgotten; its own is not
     split = splits.get(path.stem) or SPLITS.get(PurePosixPath(here).name.lower(), "")
     if item.problem: return item
     try: objects = [_read_object(node, first) for node in page.iter("object")] if page is not None else []
