@@ -21,7 +21,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 GRID = """
 .wb dt,.wb h1,.wb h2,.wb li{overflow-wrap:anywhere} .wb figure{min-width:0}
 .wb .cause{margin-top:26px}.wb .cause:first-child{margin-top:0}.wb .cause h2{font-size:19px}.wb .cause p{color:var(--quiet);font-size:13px;margin:2px 0 10px}
-.wb .cause .do{color:inherit;font-size:15px}
+.wb .cause .do{color:inherit;font-size:15px} .wb .facts div{display:flex;flex-direction:column;justify-content:space-between} .wb .facts+.note{margin-top:14px}
 .wb .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(92px,1fr));gap:10px 8px}
 .wb .shots img{display:block;width:100%;aspect-ratio:1;object-fit:cover;border-radius:9px;background:var(--soft)}
 .wb .shots span{display:grid;place-items:center;aspect-ratio:1;border-radius:9px;background:var(--soft);font-size:12px;color:var(--quiet)}

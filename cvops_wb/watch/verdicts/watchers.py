@@ -227,7 +227,7 @@ def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray
 def load_watcher(fresh: Watcher, plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Watcher:
     "The memory in a watcher of the same reference; `BadRecord` if it is of another."
     if plain["lanes"] != len(fresh.ruler.lanes) or plain["columns"] != fresh.columns:
-        raise BadRecord("the watcher's memory is of another reference", got=f"{plain['lanes']} lanes", fix="remove its folder: it begins anew")
+        raise BadRecord("the watcher's memory is of another reference, or of an older workbench", got=f"{plain['lanes']} lanes", fix="remove its folder: it begins anew")
     for name in ("rows", "alarms", "drifted", "events"): setattr(fresh, name, plain[name])
     for camera, kept in plain["streams"].items():
         mine = {name: arrays[f"{kept['place']}.{name}"] for name in (*ARRAYS, "bars", "home", "newest", "marks")}
