@@ -4717,6 +4717,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'cvops_wb.watch.reports.keep_run': ('api/watch/reports.html#keep_run', 'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.mend_html': ( 'api/watch/reports.html#mend_html',
                                                                               'cvops_wb/watch/reports.py'),
+                                        'cvops_wb.watch.reports.open_project': ( 'api/watch/reports.html#open_project',
+                                                                                 'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.quick_imports': ( 'api/watch/reports.html#quick_imports',
                                                                                   'cvops_wb/watch/reports.py'),
                                         'cvops_wb.watch.reports.register_test': ( 'api/watch/reports.html#register_test',

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POLICY', 'NOTE', 'NARROW', 'NAMES', 'SKIPPED', 'restore_lists', 'dump_script', 'mend_html', 'quick_imports',
            'choose_columns', 'hide_unknown', 'judge_categories', 'register_test', 'write_evidently', 'write_whylogs',
-           'run_evidently', 'keep_run']
+           'run_evidently', 'open_project', 'keep_run']
 
 # %% ../../nbs/api/watch/03_reports.ipynb #a81d7f3f
 import base64
@@ -165,13 +165,22 @@ def run_evidently(reference: pd.DataFrame, window: pd.DataFrame, numbers: list[s
         return report.run(*(ev.Dataset.from_pandas(frame, definition) for frame in (window, reference)))
 
 # %% ../../nbs/api/watch/03_reports.ipynb #re000032
+def open_project(workspace: Any, name: str) -> Any:
+    "A new project of Evidently's UI, with a line of drifted columns over all looks."
+    from evidently.sdk.models import PanelMetric
+    from evidently.sdk.panels import line_plot_panel
+    project = workspace.create_project(name)
+    share = PanelMetric(legend="share", metric="DriftedColumnsCount", metric_labels={"value_type": "share"})
+    project.dashboard.add_panel(line_plot_panel("Share of drifted columns, look by look", [share]))
+    return project
+
 def keep_run(run: Any, workspace: Path, title: str) -> Path:
     "Put a run into the project of its title, before the colon, in a workspace of Evidently's UI; returns the file."
     hush()
     with needs("monitor"), quick_imports(): from evidently.ui.workspace import Workspace
     workspace.mkdir(parents=True, exist_ok=True)
     place, name = Workspace.create(str(workspace)), title.partition(":")[0]
-    project = next((found for found in place.search_project(name) if found.name == name), None) or place.create_project(name)
+    project = next((found for found in place.search_project(name) if found.name == name), None) or open_project(place, name)
     made = place.add_run(project.id, run, include_data=False)
     path = workspace/str(project.id)/"snapshots"/f"{made.id}.json"
     return write_atomic(path, dump_script(restore_lists(json.loads(path.read_text()))), durable=False)
