@@ -4,7 +4,7 @@
 
 Images: the shared grocery photographs and drawn ones (`cvops synth`), each clean and with seven corruptions at three severities. Each has what the
 prediction log has: image statistics, file size, and the answer, confidence and embedding of a champion: the product's network, trained by its recipe on half of the
-images (`champion.py`; minutes, then kept in the cache), which has never seen the other half, nor the classes that are called new. A stream is a reference of 1,000 rows, 1,000
+images (`parts/champion.py`; minutes, then kept in the cache), which has never seen the other half, nor the classes that are called new. A stream is a reference of 1,000 rows, 1,000
 healthy rows, and then the change; rows are drawn with replacement, so that all healthy rows are independent and alike. The delay is the number of rows
 from the change to the alarm. We look every 25 rows. Evidently's tests (Kolmogorov-Smirnov on columns; the share of embedding numbers that
 differ) look at windows of 200, whose first begins with the change, which favours them; their thresholds are set so that they accuse one healthy
@@ -115,7 +115,7 @@ class World:
     "Clean and corrupted rows of one set of images, with the answers of a champion that was trained on other images."
 
     def __init__(self, name: str, images: list[Image.Image], labels: list[str], corruptions: list[str], epochs: int = 12):
-        from champion import learn_champion
+        from parts.champion import learn_champion
         self.name, rng, labels = name, np.random.default_rng(1), np.array(labels)
         classes = np.array(sorted(set(labels)))
         self.fresh = set(rng.permutation(classes)[:max(2, len(classes)//8)])     # the reference does not know them

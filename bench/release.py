@@ -1,8 +1,8 @@
 """A release as users live it: another grocery model is rolled out under load while its page is watched; two bad ones are rolled back by themselves.
 
-    python bench/release.py WORKBENCH [--quick] [--json FILE] [--photos DIR] [--shots DIR]     (--shots: the page at each change, light and dark)
+    python bench/release.py [WORKBENCH] [--quick] [--json FILE] [--photos DIR] [--shots DIR]     (--shots: the page at each change, light and dark)
 
-WORKBENCH has two registered models of the grocery photographs (`cvops train`, `evaluate`, `register`, twice). The less accurate of them is made champion and packaged, the other is rolled out. All happens in a copy, with a real service,
+WORKBENCH has two registered models of the grocery photographs (`cvops train`, `evaluate`, `register`, twice); one is made, and kept, where none is named. The less accurate of them is made champion and packaged, the other is rolled out. All happens in a copy, with a real service,
 real clients on four threads without a second try, feedback with the truth after each answer, the page `rollout` open in Chromium, and `cvops rollout start` as a person types it.
 Then two bad versions are planted in the copy's registry: one whose first layer takes blue for red, so that it answers as quickly as before, and wrongly, and one that cannot answer one
 photograph in three. For the first of them nobody tells the truth: what is seen are its doubts and its answers. Peers do not exist without Kubernetes: their column is empty.
@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 import numpy as np
+from parts.shop import make_shop
 
 REPO = Path(__file__).parents[1]
 CVOPS = Path(sys.executable).parent/"cvops"
@@ -190,7 +191,7 @@ def judge(good, bad, load, old, new):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workbench", type=Path)
+    parser.add_argument("workbench", type=Path, nargs="?")
     parser.add_argument("--quick", action="store_true", help="the failing version alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--photos", type=Path, default=REPO.parent/"shared"/"data"/"grocery")
@@ -207,7 +208,7 @@ def main():
     photos = read_photos(given.photos)
     with TemporaryDirectory(prefix="cvops-release-") as folder:
         root = Path(folder)/"shop"
-        shutil.copytree(given.workbench, root, symlinks=True, ignore=shutil.ignore_patterns("remote", "cache"))
+        shutil.copytree(given.workbench or make_shop(given.photos), root, symlinks=True, ignore=shutil.ignore_patterns("remote", "cache"))
         os.environ["CVOPS_ROOT"] = str(root)
         settings = load_settings(root)
         old, new, first = prepare(settings)

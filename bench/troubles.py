@@ -1,8 +1,8 @@
 """Five planted troubles on a served grocery model: is each seen, told in words, with the right images, and is a healthy day left alone?
 
-    python bench/troubles.py WORKBENCH [--quick] [--json FILE] [--photos DIR] [--only NAME …]
+    python bench/troubles.py [WORKBENCH] [--quick] [--json FILE] [--photos DIR] [--only NAME …]
 
-WORKBENCH has a packaged model of the grocery photographs (`cvops package`); every trouble runs in a copy of it, with a real service and a real
+WORKBENCH has a packaged model of the grocery photographs (`cvops package`); one is made, and kept, where none is named. Every trouble runs in a copy of it, with a real service and a real
 `cvops monitor`. A day is 400 held-out photographs as they are, drawn with replacement from three cameras, then 300 with the trouble; healthy: 1,000.
 The peer's column stays empty: nobody else names images. `quick` stops 100 images after the trouble begins.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from parts.shop import make_shop
 from PIL import Image, ImageEnhance, ImageFilter
 
 from cvops_wb.core.errors import CvopsError
@@ -119,19 +120,19 @@ def judge(trouble, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workbench", type=Path)
+    parser.add_argument("workbench", type=Path, nargs="?")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--photos", type=Path, default=REPO.parent/"shared"/"data"/"grocery")
     parser.add_argument("--only", nargs="*", default=TROUBLES, choices=TROUBLES)
     given = parser.parse_args()
-    rows = []
+    rows, workbench = [], given.workbench or make_shop(given.photos)
     with TemporaryDirectory(prefix="cvops-troubles-") as folder:
         make_warehouse(Path(folder)/"strangers", WarehouseSpec(count=60, broken=0.))
         strangers, photos = sorted((Path(folder)/"strangers").rglob("*.jpg")), read_photos(given.photos)
         for trouble in given.only:
             most = HEALTHY + STEP if given.quick else 1000 if trouble == "healthy" else HEALTHY + 3*STEP
-            for row in watch(trouble, given.workbench.resolve(), photos, strangers, most, Path(folder)):
+            for row in watch(trouble, workbench.resolve(), photos, strangers, most, Path(folder)):
                 rows.append(row)
                 print(f"| {row['measure']} | {row['ours']} | {row['goal']} | {'yes' if row['met'] else '**no**'} | {row['note']} |", flush=True)
     if given.json: given.json.write_text(json.dumps(rows, indent=1))

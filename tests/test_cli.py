@@ -17,7 +17,7 @@ def call(*arguments, **environment):
     return subprocess.run([*MAIN, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL, env={**os.environ, "NO_COLOR": "1", **environment}, timeout=120)
 
 
-COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "spotcheck", "suspects", "compare", "predict", "rollout", "run", "cancel", "lab", "synth", "convert", "sweep",
+COMMANDS = ["init", "demo", "ingest", "curate", "snapshot", "train", "evaluate", "register", "package", "rehearse", "serve", "monitor", "dashboard", "spotcheck", "suspects", "compare", "piles", "predict", "rollout", "run", "cancel", "lab", "synth", "convert", "sweep",
             "export", "status", "lineage", "doctor", "clean", "models", "rollback", "reproduce", "log", "diff", "checkout", "pull", "relabel", "labels", "forget", "backup", "restore", "watch"]
 
 

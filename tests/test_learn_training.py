@@ -112,7 +112,7 @@ def test_mlflow_has_the_pictures_and_the_machine(shelf, monkeypatch):
     from cvops_wb.data.versions.erasure import _empty_cache
     from cvops_wb.learn.tracking import open_client
     settings, snapshot = shelf
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", ".2")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", ".05")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the picture")
         candidate = train(snapshot, replace(TINY, track=True), room(settings, "train-pictures"))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORDS', 'SAMPLE_COLUMNS', 'ADDED_COLUMNS', 'Record', 'parse_record', 'Batch', 'Selection', 'View', 'Snapshot',
-           'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Trigger', 'Envelope',
-           'read_envelope', 'read_record']
+           'Piles', 'Candidate', 'Evaluation', 'Contest', 'ModelVersion', 'Bento', 'Rehearsal', 'Window', 'Trigger',
+           'Envelope', 'read_envelope', 'read_record']
 
 # %% ../../nbs/api/core/04_records.ipynb #b4e5db1e
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -128,6 +128,17 @@ class Snapshot(Record):
     pushed: bool = False
     views: dict[str, int] = field(default_factory=dict)     # saved views that belong to it → samples
     only: str = ""              # the saved view that it was limited to
+
+@dataclass(frozen=True)
+class Piles(Record):
+    "Images without a label, laid in piles of what looks alike."
+    snapshot: str               # snapshot id
+    table: str                  # Parquet: id, pile, rank from the pile's middle (-1: not shown)
+    piles: dict[str, int]       # number → images
+    count: int
+    embedder: str = ""          # what looked
+    told: str = ""              # whether the piles are more than chance
+    page: str = ""              # HTML
 
 @dataclass(frozen=True)
 class Candidate(Record):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core.drawing import COLOURS, INK, draw_grid, new_figure, plain, shorten, write_picture
+from ..core.drawing import COLOURS, INK, draw_grid, draw_note, new_figure, plain, shorten, write_picture
 from ..core.errors import BadInput, UnknownName, WrongUsage
 from ..core.files import hash_file, write_atomic
 from ..core.places import name_final
@@ -118,7 +118,8 @@ def read_sides(name: str, settings: Settings) -> dict[str, str]:
 
 def check_classes(table: pd.DataFrame, least: int) -> None:
     "`BadInput` if a class has fewer than `least` samples, of those that are not set aside."
-    counts = table.loc[~is_aside(table) & (table["label"] != ""), "label"].value_counts()
+    said = table.loc[~is_aside(table) & (table["label"] != ""), "label"]
+    counts = said.str.split("|").explode().value_counts()      # of several labels an image each counts, not what they happen to make together
     small = counts[counts < least].sort_index()
     if small.empty: return
     named = ", ".join(f"{shorten(str(label))} ({count})" for label, count in small.head(8).items()) + (" …" if len(small) > 8 else "")
@@ -180,18 +181,20 @@ def _summarise(table: pd.DataFrame, strategy: str, run: str, samples: str, sha25
 
 # %% ../../nbs/api/data/13_curation.ipynb #b09081b2
 def count_splits(table: pd.DataFrame) -> pd.DataFrame:
-    "Samples by class and split."
-    counts = pd.crosstab(table["label"].replace("", "(no label)"), table["split"])
+    "Samples by class and split; one of several labels counts for each."
+    each = table.assign(label=table["label"].str.split("|")).explode("label")
+    counts = pd.crosstab(each["label"].replace("", "(no label)"), each["split"])
     return counts.reindex(columns=[*SPLITS, "none"], fill_value=0).rename(columns={"none": "set aside"}).rename_axis(index="class", columns=None)
 
 def draw_splits(selection: Selection, table: pd.DataFrame | None = None) -> Any:
     "Each class as a bar: how much of it is trained on, held out, set aside."
-    counts = count_splits(_open(selection) if table is None else table).iloc[::-1]
+    table = _open(selection) if table is None else table
+    counts, sums = count_splits(table).iloc[::-1], table["split"].replace("none", "set aside").value_counts()
     figure, axes = new_figure(size=(6.4, 1.1 + .2*len(counts)))
     left, colours = np.zeros(len(counts)), (COLOURS[0], COLOURS[5], COLOURS[1], "#c4c9cf")
     for name, colour in zip(counts, colours):
         if not counts[name].any(): continue
-        axes.barh([shorten(str(label)) for label in counts.index], counts[name], left=left, color=colour, label=f"{name} {counts[name].sum():,}")
+        axes.barh([shorten(str(label)) for label in counts.index], counts[name], left=left, color=colour, label=f"{name} {sums[name]:,}")
         left += counts[name].to_numpy()
     axes.set_ylim(-.6, len(counts) - .4)
     axes.set_title(plain(f"{selection.count:,} samples in {selection.groups:,} groups, split {selection.strategy}"))
@@ -218,7 +221,7 @@ def draw_duplicates(
     near = table.assign(size=size, copy=has_tag(table, "near_duplicate"), leak=has_tag(table, "leak"))
     found = near[near["size"] > 1].groupby("group").agg(leak=("leak", "max"), copies=("copy", "sum"), size=("size", "first"))
     chosen = found.sort_values(["leak", "copies", "size"], ascending=False, kind="stable").head(groups)
-    if chosen.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], ["no near duplicates"], side=240)
+    if chosen.empty: return draw_note("No near duplicates.")
     wide = min(int(chosen["size"].max()), WIDE)
     cells = [cell for name in chosen.index for cell in _draw_group(near[near.group == name].sort_values(["copy", "id"]).head(wide), wide)]
     pictures, captions, colours = zip(*cells)

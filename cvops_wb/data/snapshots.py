@@ -215,7 +215,8 @@ def _write_version(settings: Settings, table: pa.Table, message: str, only: str 
     os.replace(path, path.with_name(f"{name}.parquet"))
     before, parent = _read_known(settings, name), read_current(settings)
     splits, inside = count_values(table["split"]), find_inside(table)
-    classes = {*count_values(table["label"], inside), *list_object_classes(_take_texts(table["objects"], inside))}
+    labels = {part for label in count_values(table["label"], inside) for part in label.split("|")}
+    classes = labels | list_object_classes(_take_texts(table["objects"], inside))
     snapshot = Snapshot(name, f"data/samples/{name}.parquet", [f"data/shards/{shard}" for shard in list_shards(places)], int(inside.sum()), sorted(classes - {""}),
                         {split: splits[split] for split in SPLITS if split in splits}, message or (before.message if before else ""),
                         before.parent if before else parent, views={view: len(found["ids"]) for view, found in views.items()}, only=only)

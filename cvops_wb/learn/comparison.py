@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from ..core.drawing import COLOURS, draw_grid, embed_png, escape, new_figure, shorten, to_table
+from ..core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape, name_metric, new_figure, shorten, to_table
 from ..core.errors import BadRecord, MetricMissing, WrongUsage
 from ..core.files import write_atomic
 from ..core.places import locate, name_final
@@ -112,7 +111,8 @@ def draw_curves(evaluations: Sequence[Evaluation], names: Sequence[str] = ()) ->
             seen = rows.dropna(subset=column) if column in rows else rows[:0]
             if len(seen): axes.plot(seen["epoch"], seen[column], color=COLOURS[k % len(COLOURS)], label=shorten(name), marker="o" if len(seen) == 1 else "")
     left.set(title="loss on train", xlabel="epoch")
-    right.set(title="held-out metric", xlabel="epoch")
+    right.set(title=f"{name_metric(evaluations[0].main_metric)} on val", xlabel="epoch")
+    for axes in (left, right): axes.xaxis.get_major_locator().set_params(integer=True)
     if right.lines or left.lines: (right if right.lines else left).legend(fontsize=7)
     return figure
 
@@ -139,7 +139,7 @@ def draw_disagreements(evaluations: Sequence[Evaluation], names: Sequence[str] =
     surest = np.maximum(a["confidence"], b["confidence"]) if "confidence" in a and "confidence" in b else 0
     order = (apart.abs() + .001*surest).sort_values(ascending=False, kind="stable").index
     chosen = [k for k in order if apart[k]][:most]
-    if not chosen: return draw_grid([Image.new("RGB", (240, 60), "white")], ["they agree everywhere"], side=240)
+    if not chosen: return draw_note("They agree on every image.")
     photos = read_photos(load_settings(), evaluations[0].snapshot, a["id"][chosen])
     captions = [f"{a['label'][k]}\nA {a['predicted'][k]}\nB {b['predicted'][k]}" for k in chosen]
     return draw_grid(photos, captions, columns=6, side=150, colours=[COLOURS[0] if apart[k] > 0 else COLOURS[3] for k in chosen])
@@ -150,8 +150,8 @@ def list_class_differences(evaluations: Sequence[Evaluation], names: Sequence[st
     for label, values in evaluations[0].per_class.items():
         key = next((k for k in ("f1", "iou", "ap50", *values) if k in values and k != "count"), "")
         others = [e.per_class.get(label, {}).get(key, math.nan) for e in evaluations]
-        if values.get("count", 1): found.append({"class": label, "images": int(values.get("count", 0)), **{f"{key} {name}": float(v) for name, v in zip(names, others)},
-                                                 "A less B": float(others[0] - others[1])})
+        if values.get("count", 1): found.append({"class": label, "images": int(values.get("count", 0)), **{f"{name_metric(key)} {name}": round(float(v), 4) for name, v in zip(names, others)},
+                                                 "A less B": round(float(others[0] - others[1]), 4)})
     return sorted(found, key=lambda row: -abs(np.nan_to_num(row["A less B"])))[:most]
 
 # %% ../../nbs/api/learn/12_comparison.ipynb #e35e7a67
@@ -161,19 +161,23 @@ table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #d0d7de;pad
 def write_page(contest: Contest, evaluations: Sequence[Evaluation], tables: Sequence[pd.DataFrame]) -> str:
     "The comparison as one HTML page that needs nothing beside it."
     names = [model["name"] for model in contest.models]
-    models = [{"model": m["name"], "evaluation": m["evaluation"], contest.metric: _say(m["value"], m["low"], m["high"]),
-               **{k: float(v) for k, v in m["metrics"].items() if k not in (contest.metric, "count_unleaked")}} for m in contest.models]
+    models = [{"": name_metric(contest.metric), **{_letter(k, m): _say(m["value"], m["low"], m["high"]) for k, m in enumerate(contest.models)}}]
+    models += [{"": name_metric(name), **{_letter(k, m): f"{m['metrics'][name]:.4g}" if name in m["metrics"] else "not measured" for k, m in enumerate(contest.models)}}
+               for name in sorted({name for m in contest.models for name in m["metrics"]} - {contest.metric, "count_unleaked"})]
+    models += [{"": "evaluation", **{_letter(k, m): m["evaluation"] for k, m in enumerate(contest.models)}}]
     pairs = [{"A": p["a"], "B": p["b"], "A less B": _say(p["difference"], p["low"], p["high"], "+"), "only A right": p["only_a"], "only B right": p["only_b"],
-              "McNemar's p": float(p["p"]), f"{contest.metric}, A less B": _say(*p["metric"].values(), "+"), "says": p["verdict"]} for p in contest.pairs]
+              "McNemar's p": float(p["p"]), f"{name_metric(contest.metric)}, A less B": _say(*p["metric"].values(), "+"), "says": p["verdict"]} for p in contest.pairs]
     slices = "".join(f"<h3>{escape(p['a'])} less {escape(p['b'])}</h3>{embed_png(draw_differences(p), 'differences by slice')}" for p in contest.pairs if p["slices"])
-    title = escape(f"{' · '.join(names)}")
+    title = escape(f"{' against '.join(names)}")
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>{_STYLE}<h1>{title}</h1>
 <p>{contest.count:,} images of {escape(contest.split)}, snapshot {escape(contest.snapshot)}. Intervals at 95 %; those of slices hold for all slices together.</p>
 <h2>Models</h2>{to_table(models)}<h2>Pairs</h2>{to_table(pairs)}
 {"<p>Of several pairs one may look decided by chance: divide 5 % by their number before believing a p-value.</p>" if len(pairs) > 1 else ""}
-<h2>Curves</h2>{embed_png(draw_curves(evaluations, names), "curves")}<h2>By slice</h2>{slices or "<p>none</p>"}
+<h2>Curves</h2>{embed_png(draw_curves(evaluations, names), "curves")}<h2>By slice</h2>{slices or "<p>No slice has ten of these images or more.</p>"}
 <h2>By class</h2>{to_table(list_class_differences(evaluations, names))}
 <h2>Where {escape(names[0])} (A, blue: right) and {escape(names[1])} (B) disagree</h2>{embed_png(draw_disagreements(evaluations, names, tables=tables), "disagreements")}</html>"""
+
+def _letter(place: int, model: dict[str, Any]) -> str: return f"{chr(65 + place % 26)}: {model['name']}"
 
 def _say(value: float | None, low: float | None, high: float | None, sign: str = "") -> str:
     numbers = [math.nan if x is None else x for x in (value, low, high)]

@@ -18,16 +18,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from ..core.drawing import COLOURS, LINE, draw_grid, draw_matrix, new_figure, write_picture
+from ..core.drawing import COLOURS, LINE, draw_grid, draw_matrix, draw_note, name_metric, new_figure, write_picture
 from ..core.files import write_atomic
 from ..core.places import locate, name_final
 from ..core.records import Candidate, Evaluation
 from ..core.settings import load_settings
 from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
-from .slices import FIELDS, draw_slices, measure_slices, name_slices, read_wilson
+from .slices import FIELDS, draw_slices, measure_slices, name_slices, read_wilson, tell_error
 from .tasks import TASKS
 from .tasks.classification import find_chance
 from .tracking import Tracker, name_metrics, tracked
@@ -193,12 +192,12 @@ def draw_metrics(evaluation: Evaluation) -> Any:
     figure, axes = new_figure(size=(6.4, .8 + .4*len(names)))
     for k, name in enumerate(reversed(names)):
         axes.plot(evaluation.intervals[name], [k, k], color=COLOURS[0], linewidth=5, alpha=.35, solid_capstyle="butt")
-        axes.plot(evaluation.metrics[name], k, "o", color=COLOURS[0])
+        axes.plot(evaluation.metrics[name], k, "o", color=COLOURS[0], clip_on=False)
     if (chance := evaluation.metrics.get("chance")) is not None:
         place = len(names) - 1 - names.index("accuracy")
         axes.plot([chance]*2, [place - .3, place + .3], color=COLOURS[3])
         axes.annotate("chance", (chance, place + .32), ha="center", fontsize=7, color=COLOURS[3])
-    axes.set_yticks(range(len(names)), [f"{name.replace('_', ' ')}  {evaluation.metrics[name]:.3f}" for name in reversed(names)])
+    axes.set_yticks(range(len(names)), [f"{name_metric(name)}  {evaluation.metrics[name]:.3f}" for name in reversed(names)])
     axes.set(title=f"{evaluation.count} images of {evaluation.split}, 95 % intervals", xlim=(0, 1.005), ylim=(-.6, len(names) - .4))
     return figure
 
@@ -209,9 +208,10 @@ def draw_confusion(evaluation: Evaluation) -> Any:
 
 def plot_confusion(evaluation: Evaluation, table: pd.DataFrame) -> Any:
     "The confusion matrix of a table of predictions."
-    names = list(evaluation.per_class)
-    counts = pd.crosstab(table["label"], table["predicted"]).reindex(index=names, columns=names, fill_value=0)
-    return draw_matrix(counts.to_numpy(), names, f"{evaluation.main_metric.replace('_', ' ')} {_say(evaluation, evaluation.main_metric)}" + (", " if len(names) > 4 else "\n") + f"{evaluation.count} images")
+    counts, names, what = TASKS[evaluation.task]().confuse(table, list(evaluation.per_class))
+    title = f"{name_metric(evaluation.main_metric)} {_say(evaluation, evaluation.main_metric)}, {evaluation.count:,} images"
+    title += "" if what == "images" else f"; counted are {what}" + (", written is the share of the row in %" if counts.max() >= 10_000 else "")
+    return draw_matrix(counts, names[:len(counts)], title, columns=names)
 
 def draw_classes(evaluation: Evaluation, most: int = 40) -> Any:
     "F1 of each class that was asked for, the worst at the top, with its count."
@@ -226,12 +226,13 @@ def draw_classes(evaluation: Evaluation, most: int = 40) -> Any:
 # %% ../../nbs/api/learn/08_evaluation.ipynb #2773fb35
 def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
     "How often a prediction is right, against how sure it was; the bars below count the predictions."
+    if "calibration_error" not in evaluation.metrics: return draw_note(f"Calibration is not measured for {evaluation.task}: its confidence is no probability of one answer.")
     table = read_scores(evaluation)
     place = np.minimum((table["confidence"]*bins).astype(int), bins - 1)
     seen = table.groupby(place).agg(confidence=("confidence", "mean"), correct=("correct", "mean"), count=("correct", "size"))
     figure, (axes, below) = new_figure(2, 1, size=(4.4, 4.6), sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color=LINE)
-    axes.plot(seen["confidence"], seen["correct"], marker="o", color=COLOURS[0])
+    axes.plot(seen["confidence"], seen["correct"], marker="o", color=COLOURS[0], clip_on=False)
     axes.set(title=f"calibration error {_say(evaluation, 'calibration_error')}", ylabel="share correct", ylim=(0, 1.02))
     below.bar((seen.index + .5)/bins, seen["count"], width=.9/bins, color=COLOURS[1])
     below.set(xlabel="confidence", ylabel="images", xlim=(0, 1))
@@ -240,9 +241,17 @@ def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
 def draw_errors(evaluation: Evaluation, most: int = 24) -> Any:
     "The photographs on which the model is wrong and most sure of it; prediction before label."
     table = read_scores(evaluation).query("correct < 1").sort_values("confidence", ascending=False, kind="stable").head(most)
-    if table.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], [f"no error in {evaluation.count:,} images"], side=240)
-    captions = [f"{row.predicted}\nnot {row.label}" for row in table.itertuples()]
-    return draw_grid(read_photos(load_settings(), evaluation.snapshot, table["id"]), captions, columns=6, side=132)
+    if table.empty: return draw_note(f"No error in {evaluation.count:,} images.")
+    photos = read_photos(load_settings(), evaluation.snapshot, table["id"])
+    if TASKS[evaluation.task].truth == "objects" or evaluation.task == "anomaly": return _draw_answers(evaluation, table[:12], photos[:12])
+    captions = [tell_error(row.predicted, row.label, row.correct) for row in table.itertuples()]
+    return draw_grid(photos, captions, columns=6, side=132)
+
+def _draw_answers(evaluation: Evaluation, table: pd.DataFrame, photos: Sequence[Any]) -> Any:
+    task, model = TASKS[evaluation.task](), read_model(locate(evaluation.model), evaluation.manifest_sha256)
+    scores, targets = task.unpack(table["scores"]), task.to_targets(table.reset_index(drop=True), model.classes, model.size)
+    pictures = [task.draw(photo, true, found, model.classes) for photo, true, found in zip(photos, targets, scores, strict=True)]
+    return draw_grid(pictures, [task.tell(right, *each, model.classes) for right, each in zip(table["correct"], zip(scores, targets))], columns=3, side=280)
 
 def _say(evaluation: Evaluation, metric: str) -> str:
     low, high = evaluation.intervals.get(metric, (float("nan"),)*2)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.drawing import name_metric
 from ..core.errors import MetricMissing
 from ..core.records import Evaluation
 from ..core.settings import Gate
@@ -117,26 +118,26 @@ def rule_accuracy(e: Evaluation, gate: Gate) -> Rule:
     low, high = (get_metric(dict(enumerate(e.intervals.get(e.main_metric, []))), k) for k in (0, 1))
     value = get_metric(e.metrics, e.main_metric)
     return _rule("min_accuracy", low, gate.min_accuracy, low >= gate.min_accuracy,
-                 f"{e.main_metric} {value:.3f}, 95 % interval [{low:.3f}, {high:.3f}]; its lower end counts" + (PLANTED if e.main_metric.startswith("planted_") else ""))
+                 f"{name_metric(e.main_metric)} {value:.3f}, 95 % interval [{low:.3f}, {high:.3f}]; its lower end counts" + (PLANTED if e.main_metric.startswith("planted_") else ""))
 
 def rule_leaks(e: Evaluation, gate: Gate) -> Rule:
     "Few test images have a near duplicate in `train`."
     share = 1 - get_metric(e.metrics, "count_unleaked")/max(e.count, 1)
     free = e.metrics.get(f"{e.main_metric}_unleaked")
-    told = "" if free is None or not share else f"; {e.main_metric} without them {free:.3f}"
+    told = "" if free is None or not share else f"; {name_metric(e.main_metric)} without them {free:.3f}"
     return _rule("max_leak_share", share, gate.max_leak_share, share <= gate.max_leak_share, f"{share:.1%} of {e.count} images have near duplicates in train{told}")
 
 def rule_chance(e: Evaluation) -> Rule:
     "The interval of accuracy lies above what always naming the most frequent class would get."
     low, chance = get_metric(dict(enumerate(e.intervals.get(e.main_metric, []))), 0), e.metrics["chance"]
-    why = f"{e.main_metric} {get_metric(e.metrics, e.main_metric):.3f}, lower end {low:.3f}; the most frequent class alone gives {chance:.3f}"
+    why = f"{name_metric(e.main_metric)} {get_metric(e.metrics, e.main_metric):.3f}, lower end {low:.3f}; the most frequent class alone gives {chance:.3f}"
     return _rule("better_than_chance", low, chance, low > chance, why if low > chance else f"not shown to be better than chance: {why}")
 
 def limit_rule(name: str, metric: str, unit: str) -> Callable[[Evaluation, Gate], Rule]:
     "A rule that a metric may not pass the limit `name` of the settings."
     def rule(e: Evaluation, gate: Gate) -> Rule:
         value, limit = get_metric(e.metrics, metric), getattr(gate, name)
-        return _rule(name, value, limit, value <= limit, f"{metric.replace('_', ' ')} {value:.3g}{unit}")
+        return _rule(name, value, limit, value <= limit, f"{name_metric(metric)}: {value:.3g}{unit}")
     return rule
 
 RULES: dict[str, Callable[[Evaluation, Gate], Rule]] = {

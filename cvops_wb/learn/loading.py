@@ -7,12 +7,17 @@ __all__ = ['DECODER', 'Pixels', 'load_pixels', 'name_pixels', 'Streamed', 'decod
            'read_snapshot', 'open_split', 'read_photos']
 
 # %% ../../nbs/api/learn/03_loading.ipynb #68498c9c
+import atexit
+import errno
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
@@ -51,12 +56,13 @@ def load_pixels(
     rows = reader.table.query("split != 'none'").sort_values("id")
     ids, threads, decode = list(rows["id"]), threads or os.cpu_count() or 1, decode or decode_resized
     paths = {size: cache/f"{name_pixels(rows)}-{size}.npy" for size in sizes}
+    for path in paths.values(): _wait_for(path)
     absent = {size: path for size, path in paths.items() if not path.is_file()}
     streamed = {size for size in absent if not _has_room(cache, len(ids)*size*size*3, limit_mb)}
     stored = {size: path for size, path in absent.items() if size not in streamed}
-    if stored: _decode_all(reader, ids, stored, decode, threads)
+    fresh = _decode_all(reader, ids, stored, decode, threads) if stored else {}
     for size in streamed: print(f"{len(ids)} images at {size} px do not fit into the cache ({human_size(len(ids)*size*size*3)}): they are decoded anew each time", flush=True)
-    return [Pixels(pd.Index(ids), Streamed(reader, ids, size, decode, threads) if size in streamed else np.load(paths[size], mmap_mode="r")) for size in sizes]
+    return [Pixels(pd.Index(ids), Streamed(reader, ids, size, decode, threads) if size in streamed else fresh[size] if size in fresh else np.load(paths[size], mmap_mode="r")) for size in sizes]
 
 def name_pixels(rows: pd.DataFrame) -> str:
     "A name for the decoded images of a snapshot: by their content, their order, and the way they are decoded."
@@ -86,16 +92,43 @@ class Streamed:
         return np.stack([images[0] for images in found]) if found else np.zeros((0, *self.shape[1:]), np.uint8)
 
 # %% ../../nbs/api/learn/03_loading.ipynb #a4532ebe
-def _decode_all(reader: Any, ids: list[str], paths: dict[int, Path], decode: Callable, threads: int) -> None:
+def _decode_all(reader: Any, ids: list[str], paths: dict[int, Path], decode: Callable, threads: int) -> dict[int, np.ndarray]:
     parts = {size: path.with_name(f".{path.name}.{uuid4().hex[:8]}.part") for size, path in paths.items()}
     try:
-        maps = [_make_map(part, (len(ids), size, size, 3)) for size, part in parts.items()]
-        for k, images in enumerate(show_progress(_decode_each(reader, ids, list(paths), decode, threads), "decode", len(ids))):
-            for target, image in zip(maps, images, strict=True): target[k] = image
-        for target in maps: target.flush()
-        for size, part in parts.items(): os.replace(part, paths[size])
-    finally:
+        with ExitStack() as stack:
+            files = {size: (stack.enter_context(open(part, "r+b", buffering=0)), start) for size, part in parts.items() for start in [_make_map(part, (len(ids), size, size, 3)).offset]}
+            def keep(k: int, images: list[np.ndarray]) -> None:
+                for size, image in zip(paths, images, strict=True): _write_image(*files[size], k, size, image)
+            for _ in show_progress(_decode_each(reader, ids, list(paths), decode, threads, keep), "decode", len(ids)): pass
+        maps = {size: np.load(part, mmap_mode="r") for size, part in parts.items()}
+    except BaseException:
         for part in parts.values(): part.unlink(missing_ok=True)
+        raise
+    _settle_later({part: paths[size] for size, part in parts.items()})
+    return maps
+
+def _write_image(file: Any, start: int, place: int, size: int, image: np.ndarray) -> None:
+    # Written, not laid into the map: a page of a mapped file costs a fault at its first touch, three times what writing it costs.
+    if image.shape != (size, size, 3) or image.dtype != np.uint8: raise ValueError(f"an image of {size} pixels was asked for, and {image.shape}, {image.dtype} came")
+    if os.pwrite(file.fileno(), np.ascontiguousarray(image).data, start + place*image.nbytes) != image.nbytes: raise OSError(errno.ENOSPC, "short write")
+
+_settling: dict[Path, Thread] = {}
+
+def _settle_later(names: dict[Path, Path]) -> None:
+    "Give files their names once the disk has them; meanwhile they are used already."
+    def settle() -> None:
+        for part, path in names.items():
+            try:
+                with open(part, "rb") as file: os.fsync(file.fileno())
+                os.replace(part, path)
+            except OSError: part.unlink(missing_ok=True)     # it is decoded again next time
+    thread = Thread(target=settle, name="settle")
+    thread.start()
+    atexit.register(thread.join)    # also where a kernel is ended without waiting for its threads
+    _settling.update(dict.fromkeys(names.values(), thread))
+
+def _wait_for(path: Path) -> None:
+    if path in _settling: _settling.pop(path).join()
 
 def _make_map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     "A mapped array whose room on the disk is claimed now: later, a full disk would end the process without a word."
@@ -110,21 +143,25 @@ def _make_map(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 # %% ../../nbs/api/learn/03_loading.ipynb #b70191d3
-def _decode_each(reader: Any, ids: list[str], sizes: list[int], decode: Callable, threads: int, ahead: int = 256) -> Iterator[list[np.ndarray]]:
-    def work(item: tuple[str, bytes]) -> list[np.ndarray]:
-        try: return decode(item[1], sizes)
+def _decode_each(reader: Any, ids: list[str], sizes: list[int], decode: Callable, threads: int, then: Callable = lambda k, images: images, ahead: int = 64) -> Iterator:
+    "In the order of the ids, what `then` makes of place and images, in the thread that decoded them."
+    def work(k: int, name: str, data: bytes) -> Any:
+        try: images = decode(data, sizes)
         except CvopsError as e:
-            raise BadInput("a sample of the snapshot cannot be decoded", got=f"{item[0]}: {e.what}",
+            raise BadInput("a sample of the snapshot cannot be decoded", got=f"{name}: {e.what}",
                            fix="run `cvops curate --force` and take a new snapshot") from e
+        return then(k, images)
+    waiting: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(ids), ahead):     # a few at a time, so that memory holds few files
-            yield from pool.map(work, [(name, reader.read(name)) for name in ids[start:start + ahead]])
+        for k, name in enumerate(ids):
+            waiting.append(pool.submit(work, k, name, reader.read(name)))
+            if len(waiting) >= ahead: yield waiting.popleft().result()   # memory holds few files
+        while waiting: yield waiting.popleft().result()
 
 def decode_resized(data: bytes, sizes: Sequence[int]) -> list[np.ndarray]:
-    "A file's bytes as uint8 (S, S, 3) in each size, by the data wing: the same way as in service."
-    from cvops_wb.data import decode_image, resize_image
-    image = decode_image(data, len(data), float("inf"))  # what is in a snapshot was within the limits of its intake
-    return [resize_image(image, size) for size in sizes]
+    "A file's bytes as uint8 (S, S, 3) in each size, by the data wing: the same pixels as in service."
+    from cvops_wb.data import decode_pixels, resize_pixels
+    return resize_pixels(decode_pixels(data), sizes)
 
 # %% ../../nbs/api/learn/03_loading.ipynb #c6a04ee1
 def take_split(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'FIELDS', 'cut_bands', 'find_clusters', 'name_slices', 'read_wilson', 'pick', 'list_slices', 'measure_slices',
-           'rank_slices', 'draw_slices', 'draw_slice_errors']
+           'rank_slices', 'draw_slices', 'tell_error', 'draw_slice_errors']
 
 # %% ../../nbs/api/learn/08_slices.ipynb #847aaa13
 import math
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ..core.drawing import COLOURS, INK, LINE, draw_grid, new_figure, shorten
+from ..core.drawing import COLOURS, INK, draw_grid, draw_note, name_metric, new_figure, shorten
 from ..core.places import locate
 from ..core.records import Evaluation
 from ..core.settings import load_settings
@@ -57,7 +57,7 @@ def name_slices(
     if embedding is not None and len(embedding) == len(rows): known["found"] = _name_clusters(find_clusters(embedding), rows)
     columns = {name: known[name] for name in fields if name in known and len({*known[name]} - {""}) > 1}
     tags = rows["tags"] if "tags" in rows and "tag" in fields else [()]*len(rows)
-    return [[f"{name}={values[k]}" for name, values in columns.items() if values[k]] + [f"tag={tag}" for tag in tags_of]
+    return [[f"{name}={value}" for name, values in columns.items() if values[k] for value in (values[k].split("|") if name == "class" else [values[k]])] + [f"tag={tag}" for tag in tags_of]
             for k, tags_of in enumerate(tags)]
 
 def _read_columns(rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -140,30 +140,38 @@ def rank_slices(evaluation: Evaluation) -> list[dict[str, Any]]:
 def draw_slices(evaluation: Evaluation, most: int = 40) -> Any:
     "The main metric of each slice: thick, its own 95 % interval; thin, that for all slices together; the line is the whole."
     rows = rank_slices(evaluation)[:most]
+    if not rows: return draw_note(f"No slice has ten of these {evaluation.count:,} images or more, so none was measured.")
     figure, axes = new_figure(size=(7.2, 1. + .2*max(len(rows), 1)))
     for k, row in enumerate(reversed(rows)):
         colour = COLOURS[3] if row["weak"] else COLOURS[0]
         axes.plot([row["low_all"], row["high_all"]], [k, k], color=colour, linewidth=1)
         axes.plot([row["low"], row["high"]], [k, k], color=colour, linewidth=5, alpha=.35, solid_capstyle="butt")
         axes.plot(row["value"], k, "o", color=colour, markersize=4)
-    axes.axvline(evaluation.metrics.get(evaluation.main_metric, 0), color=INK if rows else LINE, linewidth=.8)
+    axes.axvline(evaluation.metrics.get(evaluation.main_metric, 0), color=INK, linewidth=.8)
     axes.set_yticks(range(len(rows)), [f"{shorten(row['slice'], 34)} ({row['count']})" for row in reversed(rows)], fontsize=7)
-    if not rows: axes.set_yticks([])
     left = f"; the weakest {most} of" if len(evaluation.slices) > most else ","
-    axes.set(title=f"{evaluation.main_metric.replace('_', ' ')} by slice{left} {len(evaluation.slices)} slices, orange: weak" if rows else "no slice can be measured", xlim=(0, 1.005))
+    weak = ", orange: weak" if any(row["weak"] for row in rows) else ""
+    axes.set(title=f"{name_metric(evaluation.main_metric)} by slice{left} {len(evaluation.slices)} slice{'s'*(len(evaluation.slices) != 1)}{weak}", xlim=(0, 1.005))
     axes.grid(False, axis="y")
     return figure
 
 # %% ../../nbs/api/learn/08_slices.ipynb #f84c3222
+def tell_error(said: str, label: str, right: float = 0.) -> str:
+    "What was said and what is true, in two lines; of several labels those that are wrong and those that were missed."
+    if not label: return f"{said}\n{right:.0%} right"
+    if "|" not in f"{said}{label}": return f"{said}\nnot {label}"
+    named, true = ({*text.split("|")} - {"nothing"} for text in (said, label))
+    return "\n".join(f"{word} {', '.join(sorted(part))}" for word, part in (("wrong:", named - true), ("missed:", true - named)) if part)
+
 def draw_slice_errors(evaluation: Evaluation, slices: int = 4, each: int = 6) -> Any:
     "The worst images of the weakest slices, one row a slice."
     table = pd.read_parquet(locate(evaluation.predictions))
     wrong = table[table["correct"].astype(float) < 1].sort_values(["correct", "confidence"], ascending=[True, False], kind="stable")
     chosen = [(row["slice"], wrong[[row["slice"] in names for names in wrong["slices"]]].head(each)) for row in rank_slices(evaluation)] if len(wrong) else []
     chosen = [(name, part) for name, part in chosen if len(part)][:slices]
-    if not chosen: return draw_grid([Image.new("RGB", (240, 60), "white")], ["no error in any slice"], side=240)
+    if not chosen: return draw_note("No error in any slice." if evaluation.slices else "No slice was measured.")
     photos = read_photos(load_settings(), evaluation.snapshot, [id_ for _, part in chosen for id_ in part["id"]])
-    captions = [f"{name}\n{row.predicted}\nnot {row.label}" for name, part in chosen for row in part.itertuples()]
+    captions = [f"{name}\n{tell_error(row.predicted, row.label, row.correct)}" for name, part in chosen for row in part.itertuples()]
     blank = Image.new("RGB", (8, 8), "white")
     filled, given = [], iter(zip(photos, captions, strict=True))
     for _, part in chosen: filled += [next(given) for _ in range(len(part))] + [(blank, "")]*(each - len(part))

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FEW', 'HINT', 'WATCHED', 'STATISTICS', 'CALIBRATION', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device',
            'check_spec', 'choose_epochs', 'complete', 'check_task', 'seed_all', 'to_fit', 'pick_shared',
-           'shorten_memory', 'History', 'say', 'train', 'find_checkpoint', 'keep_batch', 'choose_way', 'classify',
-           'look_once', 'teach', 'Material', 'gather', 'count_parameters', 'name_finer', 'judge_session', 'deliver',
-           'file_away', 'show_all', 'draw_samples', 'draw_mistakes', 'draw_history', 'plot_history', 'draw_predictions']
+           'shorten_memory', 'History', 'say', 'train', 'begin_with', 'find_checkpoint', 'keep_batch', 'choose_way',
+           'classify', 'look_once', 'teach', 'Material', 'gather', 'count_parameters', 'name_finer', 'judge_session',
+           'deliver', 'file_away', 'show_all', 'draw_samples', 'draw_mistakes', 'draw_history', 'plot_history',
+           'draw_predictions']
 
 # %% ../../nbs/api/learn/07_training.ipynb #d899b7f1
 import math
@@ -24,9 +25,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core.drawing import COLOURS, draw_grid, draw_matrix, new_figure, write_picture
+from ..core.drawing import COLOURS, draw_grid, draw_matrix, name_metric, new_figure, write_picture
 from ..core.errors import CvopsError, WrongUsage
-from ..core.files import hash_value, write_atomic
+from ..core.files import hash_file, hash_value, write_atomic
 from ..core.places import locate, name_final
 from ..core.records import Candidate, Snapshot
 from ..core.settings import Settings, load_settings
@@ -52,7 +53,7 @@ class TrainSpec:
     "Everything that decides what a training gives, but the snapshot."
     task: str = "auto"          # classification, detection, …; auto: what the snapshot's labels are made for
     network: str = ""           # small_resnet, heatmap, torchvision:resnet18, …; empty: the task's own
-    weights: str = ""           # empty: from scratch; a name of torchvision's; the path of a .safetensors file
+    weights: str = "auto"       # auto: torchvision's best where they can be had, else from scratch; scratch; a name of torchvision's; a .safetensors file
     epochs: int = 0             # 0: `choose_epochs`, by the number of images
     size: int = 0               # of the images in service, pixels; 0: the task's own
     batch_size: int = 0         # 0: the task's own
@@ -106,7 +107,7 @@ def complete(spec: TrainSpec, snapshot: Snapshot) -> TrainSpec:
     table = open_snapshot(snapshot).table.query("split != 'none'")
     name = choose_task(table) if spec.task == "auto" else spec.task
     task, images = TASKS[name](), snapshot.splits.get("train", 0)
-    if name == "classification" and not (spec.network or spec.weights) and images < FEW*len(snapshot.classes): print(HINT.format(images, len(snapshot.classes)), flush=True)
+    if name == "classification" and not spec.network and spec.weights in ("", "auto", "scratch") and images < FEW*len(snapshot.classes): print(HINT.format(images, len(snapshot.classes)), flush=True)
     return replace(spec, task=name, network=spec.network or task.network, size=spec.size or task.choose_size(table),
                    batch_size=spec.batch_size or task.batch, epochs=spec.epochs or choose_epochs(images, task))
 
@@ -183,6 +184,7 @@ def train(
     task, device = TASKS[spec.task](), choose_device(spec.device or settings.train.device)
     seed_all(spec.seed, settings.train.threads)
     material = gather(settings, task, snapshot, spec)
+    spec, began = begin_with(spec)
     network = check_task(build_network(spec.network, task.count(material.classes), spec.size, spec.weights), spec).to(device)
     with tracked(settings, out.name.removesuffix(".part"), fresh=True, enabled=spec.track) as tracker:
         tracker.watch()
@@ -194,12 +196,22 @@ def train(
             raise keep_batch(e, material, out/"diverged") from e
         metrics, manifest = deliver(network.cpu(), material, spec, out/"model")
         candidate = Candidate(snapshot.id, spec.task, spec.network, name_final(out/"model", settings.root), material.classes, spec.size, metrics,
-                              {**asdict(spec), "recipe": asdict(recipe)}, manifest, count_parameters(network), before.seconds + perf_counter() - begin, before.cpu + process_time() - cpu)
+                              {**asdict(spec), "began_with": began, "recipe": asdict(recipe)}, manifest, count_parameters(network), before.seconds + perf_counter() - begin, before.cpu + process_time() - cpu)
         if spec.track: show_all(settings, tracker, candidate, material, out)
         candidate = replace(candidate, tracking=file_away(tracker, candidate, history, out))
         if spec.track: mirror_run(settings, gather_run(settings, candidate, out))
         kept.drop()
         return candidate
+
+# %% ../../nbs/api/learn/07_training.ipynb #tr000002
+def begin_with(spec: TrainSpec) -> tuple[TrainSpec, str]:
+    "The spec with the weights that are really at hand, and what they are, for the record; empty where it begins from scratch."
+    from cvops_wb.learn.networks.vision import choose_weights
+    weights, told = choose_weights(spec.network, spec.weights, spec.size)
+    if told: print(told, flush=True)
+    path = Path(weights)
+    known = f"{path.name}, SHA-256 {hash_file(path)[:16]}" if path.suffix and path.is_file() else weights
+    return replace(spec, weights=weights), told if weights and told else known
 
 def find_checkpoint(settings: Settings, snapshot: Snapshot, spec: TrainSpec, device: str) -> Checkpoints:
     "Where the same training was kept when it was cut off: by the run's key, and by all that decides what it gives."
@@ -353,10 +365,11 @@ def plot_history(rows: pd.DataFrame) -> Any:
     name = next(name for name in rows if name.startswith("val_"))
     seen = rows.dropna(subset=name)
     left.plot(rows["epoch"], rows["loss"], color=COLOURS[3], marker="." if len(rows) == 1 else "")
-    left.set(title="loss on train", xlabel="epoch", ylim=(0, None))
+    left.set(title="loss on train", xlabel="epoch", ylim=(0, 1.05*float(rows["loss"].fillna(0).max()) or 1))
     right.plot(seen["epoch"], seen[name], color=COLOURS[0], marker="." if len(seen) < 30 else "")
     told = f"{seen[name].iloc[-1]:.3f}" if len(seen) else "cannot be measured"
-    right.set(title=f"{name.removeprefix('val_')} on val: {told}", xlabel="epoch", ylim=(0, 1))
+    right.set(title=f"{name_metric(name.removeprefix('val_'))} on val: {told}", xlabel="epoch", ylim=(0, 1))
+    for axes in (left, right): axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 def draw_predictions(candidate: Candidate, most: int = 24, seed: int = 0) -> Any:
@@ -366,6 +379,6 @@ def draw_predictions(candidate: Candidate, most: int = 24, seed: int = 0) -> Any
     table = model.read_reference()
     table = table.sample(min(most, len(table)), random_state=seed)
     right = (table["label"] == table["predicted"]).tolist()
-    captions = [f"{row.predicted} {row.confidence:.0%}" if ok else f"{row.predicted}, not {row.label}" for row, ok in zip(table.itertuples(), right)]
+    captions = [f"{row.predicted} {row.confidence:.0%}" if ok else f"{row.predicted}\nnot {row.label}" for row, ok in zip(table.itertuples(), right)]
     photos = read_photos(load_settings(), candidate.snapshot, table["id"])
     return draw_grid(photos, captions, columns=6, side=132, colours=[COLOURS[0] if ok else COLOURS[3] for ok in right])

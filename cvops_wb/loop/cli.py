@@ -245,6 +245,7 @@ def train(
     \b
     cvops train --epochs 40 --size 112
     cvops train -p lr=0.002 -p batch_size=32
+    cvops train --network torchvision:resnet18      begins with torchvision's weights where they can be had
     """
     options = {"network": network, "epochs": epochs, "size": size, "seed": seed, "device": device, "snapshot": snapshot}
     return run_stages({"train": options}, set, force, dry_run)
@@ -462,5 +463,6 @@ def convert(
 
 # %% ../../nbs/api/loop/11_cli.ipynb #keepcd01
 from . import overview, checking, judging, keeping, lookout, releasing   # noqa: F401 - imported for what it registers
+from .checking import piling   # noqa: F401
 from .releasing import predicting   # noqa: F401
 from .sweeps import commands   # noqa: F401

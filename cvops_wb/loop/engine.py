@@ -298,7 +298,7 @@ h1{margin:.2rem 0 0;font-size:1.9rem}h2{margin:1.8rem 0 .4rem;font-size:1.25rem}
 blockquote{margin:.4rem 0 1rem;padding:0 0 0 .9rem;border-left:3px solid #0072B2;color:#57606a}.anchor-link,.prompt{display:none}
 pre,code{font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace}div.input_area,.highlight pre{margin:0}.input{margin:.9rem 0 .3rem}
 div.input_area{padding:.6rem .9rem;background:#f6f8fa;border-left:3px solid #d0d7de;border-radius:4px;overflow-x:auto}
-.input_area .highlight{background:none}.output_area{margin:.3rem 0;overflow-x:auto}.output_area img{max-width:100%;height:auto}
+.input_area .highlight{background:none}.input_area pre{white-space:pre-wrap;overflow-wrap:anywhere}.output_area{margin:.3rem 0;overflow-x:auto}.output_area img{max-width:100%;height:auto}
 .output_stderr pre{color:#57606a;font-size:12px;white-space:pre-wrap}.output_error pre{color:#a40e26}
 table,thead,tr{border:0}table{border-collapse:collapse;font-size:13px;margin:.5rem 0}caption{text-align:left;font-weight:600;padding:.2rem 0}
 th,td{padding:.25rem .7rem;border:0;border-bottom:1px solid #d0d7de;text-align:left}

@@ -107,7 +107,7 @@ def _describe_selection(r: Any) -> str:
 
 # %% ../../nbs/api/loop/03_runs.ipynb #b3b8f51f
 def _describe_candidate(r: Any) -> str:
-    metric = next((name for name in ("accuracy", *r.metrics) if name in r.metrics), "")
+    metric = next((name for name in ("accuracy", "map50", "miou", "auroc", "map", *r.metrics) if name in r.metrics), "")
     chance = f" (chance {r.metrics['chance']:.3f})" if metric == "accuracy" and "chance" in r.metrics else ""
     return f"{r.network}, {r.parameters/1e6:.2f} M parameters" + (f", {metric} {r.metrics[metric]:.3f}{chance}" if metric else "")
 
@@ -117,6 +117,7 @@ DESCRIPTIONS = {
     "Batch": lambda r: f"{r.count:,} images, {_classes(r.classes)}, {r.new:,} new, {r.rejected:,} set aside",
     "Selection": _describe_selection,
     "View": lambda r: f"{r.count:,} images in FiftyOne as {r.dataset!r}",
+    "Piles": lambda r: f"{r.count:,} images in {len(r.piles)} piles; {r.told}",
     "Snapshot": lambda r: f"{r.id}: {r.count:,} images, {_classes(r.classes)}, {len(r.shards)} shard{'s'*(len(r.shards) != 1)}" + (", pushed" if r.pushed else ""),
     "Candidate": _describe_candidate,
     "Contest": lambda r: "; ".join(f"{p['a']} less {p['b']} {p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]: {p['verdict']}" for p in r.pairs),

@@ -77,8 +77,8 @@ def choose_label(objects: list[Object]) -> str:
     return classes.pop() if len(classes) == 1 else ""
 
 def count_classes(labels: Iterable[str], texts: Iterable[str]) -> dict[str, int]:
-    "Class → images that bear it as their label or hold an object of it, by name."
-    found = Counter(name for label, text in zip(labels, texts) for name in ({label} | {each["label"] for each in parse_objects(text)}) - {""})
+    "Class → images that bear it as a label or hold an object of it, by name; `a|b` are two labels."
+    found = Counter(name for label, text in zip(labels, texts) for name in ({*label.split("|")} | {each["label"] for each in parse_objects(text)}) - {""})
     return dict(sorted(found.items()))
 
 def list_object_classes(texts: Iterable[str]) -> set[str]:

@@ -26,6 +26,7 @@ from ...core.faces import lazy_face
 from ...core.files import human_size
 from ...core.settings import Settings, load_settings
 from ..formats import Item, walk_images
+from ..inspectors import open_inspection
 from ..intake import CHUNK, look_at
 from ..store import Arrival, Busy, Store, commit, open_writer
 
@@ -113,17 +114,17 @@ class Inbox:
 # %% ../../../nbs/api/data/inbox/00_init.ipynb #6a3f2d4b
 def _take(inbox: Inbox, ready: list[Item], now: float, sweep: Sweep, acknowledge: Callable) -> None:
     try:
-        with open_writer(inbox.settings) as store, ThreadPoolExecutor(2*len(os.sched_getaffinity(0))) as pool:
+        with open_writer(inbox.settings) as store, open_inspection(len(ready), inbox.settings) as inspect, ThreadPoolExecutor(2*len(os.sched_getaffinity(0))) as pool:
             known = inbox.remember(store)
             for chunk in _chunks(ready, CHUNK):
-                looked = list(pool.map(lambda item: _look(inbox, store, item, now, known), chunk))
+                looked = list(pool.map(lambda item: _look(inbox, store, item, now, known, inspect), chunk))
                 _commit(inbox, store, [arrival for arrival in looked if arrival], sweep, acknowledge)
     except Busy: sweep.paused = "another ingest is writing to the store"
     except NoRoom as e: sweep.paused = f"{e.what}: files wait in the inbox"
 
-def _look(inbox: Inbox, store: Store, item: Item, now: float, known: set[str]) -> Arrival | None:
+def _look(inbox: Inbox, store: Store, item: Item, now: float, known: set[str], inspect: Callable) -> Arrival | None:
     file = inbox.files[item.name]
-    arrival = look_at(store, item, "", inbox.settings, known)
+    arrival = look_at(store, item, "", inbox.settings, known, inspect)
     if arrival.reason == "missing" or _sign(item.path) != file.signature: return None   # it went on while it was read
     if arrival.reason not in _HALF: return _describe(inbox, arrival, file)
     file.half = arrival.reason

@@ -13,6 +13,7 @@ _rooms = {
     "list_leaks": "leaks", "count_leaks": "leaks", "draw_leaks": "leaks", "report_leaks": "leaks", "index_suspects": "suspects", "index_errors": "errors",
     "take_back": "returns",
     "Embedder": "embeddings", "Descriptor": "embeddings", "embed_samples": "embeddings", "place_samples": "embeddings", "draw_map": "embeddings",
-    "measure_outliers": "embeddings",
+    "measure_outliers": "embeddings", "pile_up": "piles", "PileSpec": "piles", "Sheets": "piles", "name_piles": "piles",
+    "propose_labels": "proposals", "say_proposals": "proposals", "take_proposals": "proposals", "write_proposals": "proposals",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from ...core.drawing import COLOURS, draw_grid, embed_png, escape
+from ...core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape
 from ...core.errors import BadInput
 from ...core.files import write_atomic
 from ...core.places import locate
@@ -58,7 +58,7 @@ def draw_leaks(
     most: int = 24,     # pairs
 ) -> Image.Image:
     "Pairs side by side, split and label below; in red where the labels differ."
-    if leaks.empty: return draw_grid([Image.new("RGB", (240, 60), "white")], ["no leak"], side=240)
+    if leaks.empty: return draw_note("No photograph stands on two sides of the split.")
     rows, cells = table.set_index("id", drop=False), []
     for pair in leaks.head(most).itertuples():
         colour = COLOURS[3] if pair.label_a != pair.label_b else COLOURS[0]
@@ -85,7 +85,8 @@ def say_leaks(counts: Mapping[str, Any]) -> str:
     if not counts["pairs"]: return "no photograph stands on two sides of the split"
     held = ", ".join(f"{counts['samples'][s]:,} of {counts['sizes'][s]:,} in {s} ({share:.1%})" for s, share in counts["shares"].items() if s != "train" and counts["samples"][s])
     other = f"; {counts['other_label']:,} pairs bear two labels" if counts["other_label"] else ""
-    return f"{counts['pairs']:,} pairs stand on two sides of the split: {held} have a near duplicate on another side{other}"
+    stand = "1 pair stands" if counts["pairs"] == 1 else f"{counts['pairs']:,} pairs stand"
+    return f"{stand} on two sides of the split: {held} have a near duplicate on another side{other}"
 
 # %% ../../../nbs/api/data/looks/01_leaks.ipynb #bc9a2d83
 def report_leaks(selection: Selection, settings: Settings | None = None) -> tuple[dict[str, Any], str]:

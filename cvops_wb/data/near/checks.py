@@ -68,16 +68,17 @@ def measure_pairs(
     "What the compiled kernel says of each pair, on two threads: float32 (K,)."
     from cvops_wb.data.near import likeness as room
     measure, tables, out = getattr(room, kernel), list_tables(side, len(list_views())), np.empty(len(pairs), dtype=np.float32)
+    step = min(512, max(32, -(-len(pairs)//2)))     # a part for each thread, however few there are
 
     def run(at: int) -> None:
-        rows = pairs[at:at + 512].copy()
+        rows = pairs[at:at + step].copy()
         places, where = np.unique(rows[:, [0, 3]], return_inverse=True)
         rows[:, [0, 3]] = where.reshape(-1, 2)
         planes = np.empty((len(places), 3, side**2), dtype=np.float32)
         room.shrink(thumbs, places, side, planes)
-        measure(planes, rows, *tables, enough, out[at:at + 512])
+        measure(planes, rows, *tables, enough, out[at:at + step])
 
-    with ThreadPoolExecutor(2) as pool: list(pool.map(run, range(0, len(pairs), 512)))
+    with ThreadPoolExecutor(2) as pool: list(pool.map(run, range(0, len(pairs), step)))
     return out
 
 @cache

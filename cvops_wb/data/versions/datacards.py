@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import base64
 import re
-from importlib.util import find_spec
+
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, to_png, to_table
+from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, fit_text, load_font, to_png, to_table
 from ...core.files import dump_json, human_size, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import load_settings
@@ -40,8 +40,8 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
     return {
         "id": snapshot.id, "message": snapshot.message, "parent": snapshot.parent,
         "images": len(table), "in_splits": int(inside.sum()), "set_aside": int((~inside).sum()), "bytes": int(to_array(table["bytes"]).sum()),
-        "classes": _name(count_values(table["label"], inside), "(no label)"), "splits": _name(count_values(table["split"]), "", none="set aside"),
-        "class_by_split": {name: count_values(table["label"], split == splits.index(name)) for name in SPLITS if name in splits},
+        "classes": _name(_part(count_values(table["label"], inside)), "(no label)"), "splits": _name(count_values(table["split"]), "", none="set aside"),
+        "class_by_split": {name: _part(count_values(table["label"], split == splits.index(name))) for name in SPLITS if name in splits},
         "labels_by": _name(count_values(table["labeled_by"]), "(no label)"), "cameras": _name(count_values(table["camera"]), "(not known)"),
         "sources": _name(dict(folders[:50]), "."), "source_files": len(sources), "taken": _span(table["taken"]), "groups": _count_different(table["group"], inside),
         "duplicates": {"files_of_the_same_bytes": int((to_array(pc.list_value_length(table["sources"])) - 1).clip(0).sum()), "near_duplicates": tags.get("near_duplicate", 0),
@@ -49,6 +49,13 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
         "tags": tags, "quality": {name: _spread(table[name]) for name in ("brightness", "contrast", "sharpness", "entropy", "saturation")},
         "width": _spread(table["width"]), "height": _spread(table["height"]), "licence": _find_licence(), "views": dict(snapshot.views),
     }
+
+def _part(counts: dict[str, int]) -> dict[str, int]:
+    "One of several labels, `a|b`, counts for each."
+    found: dict[str, int] = {}
+    for label, count in counts.items():
+        for part in label.split("|"): found[part] = found.get(part, 0) + count
+    return found
 
 def _name(counts: dict[str, int], empty: str, **names: str) -> dict[str, int]:
     "The counts by what a person reads."
@@ -79,31 +86,30 @@ def draw_balance(
 ) -> Image.Image:
     "Images a class, largest first. Drawn with Pillow: matplotlib takes longer to start than all else of a card."
     items = sorted(counts.items(), key=lambda item: -item[1])
-    if len(items) > most: items = items[:most - 1] + [(f"… {len(items) - most + 1} more", sum(count for _, count in items[most - 1:]))]
-    sheet, largest = Image.new("RGB", (700, 32 + 20*max(len(items), 1)), PAPER), max((count for _, count in items), default=1)
-    pen, font = ImageDraw.Draw(sheet), _load_font()
+    largest, more = max((count for _, count in items), default=1), len(items) - most + 1
+    if more > 1: items = items[:most - 1] + [(f"… {more} more, together", sum(count for _, count in items[most - 1:]))]
+    sheet = Image.new("RGB", (700, 32 + 20*max(len(items), 1)), PAPER)
+    pen, font = ImageDraw.Draw(sheet), load_font(12)
     pen.text((8, 7), title, fill=INK, font=font, stroke_width=.3)
     for k, (name, count) in enumerate(items):
-        y, end, shown = 30 + 20*k, 200 + 430*count/largest, " ".join(name.split())
-        pen.text((192, y), shown if len(shown) <= 28 else shown[:27] + "…", fill=INK, font=font, anchor="ra")
-        pen.rectangle((200, y + 1, end, y + 14), fill=COLOURS[0])
+        alone = more <= 1 or k < len(items) - 1     # a sum would dwarf the others
+        y, end, shown = 30 + 20*k, 200 + 430*count/largest*alone, " ".join(name.split())
+        pen.text((192, y), fit_text(shown, 186, font), fill=INK, font=font, anchor="ra")
+        if alone: pen.rectangle((200, y + 1, end, y + 14), fill=COLOURS[0])
         pen.text((end + 6, y), f"{count:,}", fill=INK, font=font)
     return sheet
 
-def _load_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    found = find_spec("matplotlib")     # found, not imported: its font knows more letters than Pillow's
-    path = Path(found.origin).parent/"mpl-data"/"fonts"/"ttf"/"DejaVuSans.ttf" if found and found.origin else Path()
-    return ImageFont.truetype(path, 12) if path.is_file() else ImageFont.load_default(12)
+
 
 def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any], count: int = 24) -> dict[str, Any]:
     "Class balance, a sample grid in which the classes take turns, the images of the worst quality, and the map of all."
     turns, worst = take_rows(reader.columns, take_turns(reader.columns, count)), _find_worst(reader.columns, count)
     said = [", ".join(tag for tag in row["tags"] if tag in QUALITY) or f"{row['oddness']:.1f}" for row in worst]
     return {
-        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images in {len(facts['classes'])} classes"),
+        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images in {len(facts['classes'])} class{'es'*(len(facts['classes']) != 1)}"),
         "samples": draw_grid(show_rows(reader, turns), [row["label"] for row in turns]),
         "worst": draw_grid(show_rows(reader, worst), said, colours=[COLOURS[3] if set(row["tags"]) & set(QUALITY) else INK for row in worst]),
-        "map": draw_points(reader, load_settings().cache/"embeddings", _load_font())[0],
+        "map": draw_points(reader, load_settings().cache/"embeddings", load_font(12))[0],
     }
 
 def _find_worst(table: pa.Table, count: int) -> list[dict[str, Any]]:
@@ -138,12 +144,15 @@ def list_sections(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 "taken": " to ".join(facts["taken"]) or "not known", "licence": facts["licence"] or "not known: nobody wrote one into data/LICENSE",
                 "message": facts["message"] or "none", "parent": facts["parent"] or "none"}
     wide = [{"class": name, "images": n, **{split: counts.get(name, 0) for split, counts in facts["class_by_split"].items()}} for name, n in facts["classes"].items()]
-    return {
+    duplicates = {name.replace("_", " "): count for name, count in facts["duplicates"].items()}
+    spreads = {**{f"{name}, 0…1": spread for name, spread in facts["quality"].items()}, **{f"{name}, pixels": facts[name] for name in ("width", "height")}}
+    found = {
         "What and how many": [{"what": name, "value": value} for name, value in overview.items()],
         "Classes and splits": wide, "Where the labels come from": _rows(facts["labels_by"], "by"), "Where the images come from": _rows(facts["sources"], "folder"),
-        "Cameras": _rows(facts["cameras"], "camera"), "Duplicates": _rows(facts["duplicates"], "kind"), "Tags": _rows(facts["tags"], "tag"), "Saved views": _rows(facts["views"], "view"),
-        "Quality and size": [{"measure": name, **spread} for name, spread in {**facts["quality"], "width": facts["width"], "height": facts["height"]}.items()],
+        "Cameras": _rows(facts["cameras"], "camera"), "Duplicates": _rows(duplicates, "kind"), "Tags": _rows(facts["tags"], "tag"), "Saved views": _rows(facts["views"], "view"),
+        "Quality and size": [{"measure": name, **spread} for name, spread in spreads.items()],
     }
+    return {heading: rows for heading, rows in found.items() if rows}
 
 def _rows(counts: dict[str, int], what: str) -> list[dict[str, Any]]: return [{what: name, "images": n} for name, n in counts.items()]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...core.drawing import COLOURS, INK, PAPER
+from ...core.drawing import COLOURS, INK, PAPER, fit_text
 from ..looks.embeddings import Sketcher, embed_samples, find_points, place_samples
 from ..snapshots import SnapshotReader, show_rows
 from .columns import take_rows
@@ -82,7 +82,7 @@ def _draw_legend(pen: ImageDraw.ImageDraw, entries: Sequence[tuple[str, str]], f
         x, y = 8 + k % 5*(CELL*WIDE//5), CELL*HIGH + 6 + k//5*18
         pen.rectangle((x, y + 3, x + 9, y + 12), fill=colour)
         shown = " ".join(str(name).split())
-        pen.text((x + 15, y), shown if len(shown) <= 22 else shown[:21] + "…", fill=INK, font=font)
+        pen.text((x + 15, y), fit_text(shown, CELL*WIDE//5 - 24, font), fill=INK, font=font)
 
 # %% ../../../nbs/api/data/versions/13_maps.ipynb #1ab21914
 def draw_points(reader: SnapshotReader, cache: Path, font: Any = None) -> tuple[Image.Image, str]:

@@ -42,6 +42,15 @@ class Task:
         "A caption: how right an image is."
         return f"F1 {right:.2f}" if self.main_metric.startswith("map") else f"{right:.2f}"
 
+    def tell(self, right: float, scores: Any, targets: Any, classes: Sequence[str]) -> str:
+        "A caption below a picture, of one line or more."
+        return self.say(right, scores)
+
+    def confuse(self, table: pd.DataFrame, classes: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
+        "What was said of what is there, of a table of predictions: counts (R, C), the names of the columns, and what is counted; the first names are those of the rows."
+        counts = pd.crosstab(table["label"], table["predicted"]).reindex(index=list(classes), columns=list(classes), fill_value=0)
+        return counts.to_numpy(), list(classes), "images"
+
     def is_one_sided(self, targets: Any) -> bool:
         "Whether these images cannot say how good a model is, so that it is also judged by what `damage` makes of them."
         return False

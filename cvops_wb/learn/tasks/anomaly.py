@@ -166,7 +166,7 @@ class Anomaly(Task):
 
     def say(self, right: float, scores: np.ndarray) -> str:
         "How strange the image is, and whether that is wrong."
-        return f"{float(scores.max()):.2f}" + ("" if right else ", wrong")
+        return f"strange by {float(scores.max()):.2f} of 1" + ("" if right else ", wrong")
 
     def is_one_sided(self, targets: np.ndarray) -> bool:
         "Whether all are good."

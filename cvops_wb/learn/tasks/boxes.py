@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'MOST', 'RECALLS', 'measure_overlap', 'match_boxes', 'Matches', 'match_class', 'average_precision',
-           'count_boxes', 'choose_threshold']
+           'count_boxes', 'confuse_boxes', 'choose_threshold']
 
 # %% ../../../nbs/api/learn/tasks/02_boxes.ipynb #a0f411b9
 from collections.abc import Sequence
@@ -116,6 +116,26 @@ def count_boxes(
         counts[:, name, 0] = np.bincount(matches.images[matches.hits[0]], minlength=len(targets))
         counts[:, name, 1] = np.bincount(matches.images, minlength=len(targets))
         counts[:, name, 2] = matches.truths
+    return counts
+
+def confuse_boxes(
+    scores: Sequence[np.ndarray],   # N of (M, 6)
+    targets: Sequence[np.ndarray],  # N of (K, 5)
+    classes: int,
+    threshold: float = .5,          # of the score
+    limit: float = .5,              # of the overlap
+) -> np.ndarray:
+    "True by predicted boxes, paired whatever their class, the surest first; last row and column: nothing there, nothing found. (C + 1, C + 1)."
+    counts = np.zeros((classes + 1, classes + 1), int)
+    for found, true in zip(scores, targets, strict=True):
+        kept = found[found[:, 4] >= threshold]
+        overlap = measure_overlap(kept[:, :4], true[:, :4])
+        pairs: dict[int, int] = {}      # of `kept` → of `true`
+        for k in np.argsort(-kept[:, 4], kind="stable").tolist():
+            open_ = [j for j in range(len(true)) if j not in pairs.values() and overlap[k, j] >= limit]
+            if open_: pairs[k] = max(open_, key=lambda j: overlap[k, j])
+        for k, box in enumerate(kept): counts[int(true[pairs[k], 4]) if k in pairs else classes, int(box[5])] += 1
+        for j in set(range(len(true))) - {*pairs.values()}: counts[int(true[j, 4]), classes] += 1
     return counts
 
 def choose_threshold(

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from . import TASKS, ObjectTask
-from .boxes import LIMITS, average_precision, choose_threshold, count_boxes, match_class
+from .boxes import LIMITS, average_precision, choose_threshold, confuse_boxes, count_boxes, match_class
 
 # %% ../../../nbs/api/learn/tasks/03_detection.ipynb #22e351ed
 def read_boxes(
@@ -120,6 +120,10 @@ class Detection(ObjectTask):
         "An image with its boxes."
         from cvops_wb.learn.tasks.looks import draw_boxes
         return draw_boxes(image, true, found, classes)
+
+    def confuse(self, table: pd.DataFrame, classes: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
+        "Boxes by their class, and those that are missed or where nothing is."
+        return confuse_boxes(self.unpack(table["scores"]), self.to_targets(table, classes), len(classes)), [*classes, "(nothing)"], "boxes"
 
     def pack(self, scores: Sequence[np.ndarray]) -> list[np.ndarray]:
         "Scores as cells of a table: flat float32."

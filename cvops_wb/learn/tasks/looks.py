@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...core.drawing import COLOURS, draw_grid, plain
+from ...core.drawing import COLOURS, draw_grid, load_font
 from ...core.records import Candidate
 from ...core.settings import load_settings
 from ..exporting import Model, run_model
@@ -33,12 +33,22 @@ def draw_boxes(
     pen = ImageDraw.Draw(picture)
     for x1, y1, x2, y2 in true[:, :4]*scale:
         for grow, colour in ((4, "#000000"), (3, "#ffffff")): pen.rectangle((x1 - grow, y1 - grow, x2 + grow, y2 + grow), outline=colour)
-    for row in found[found[:, 4] >= .5]:
-        x1, y1, x2, y2 = row[:4]*scale
-        colour = COLOURS[int(row[5]) % len(COLOURS)]
-        pen.rectangle((x1, y1, x2, y2), outline=colour, width=2)
-        pen.text((x1, max(y1 - 14, 0)), f"{plain(classes[int(row[5])])[:16]} {row[4]:.0%}".encode("latin-1", "replace").decode("latin-1"), fill=colour)
+    kept = found[found[:, 4] >= .5]
+    for row in kept[::-1]: pen.rectangle(tuple(row[:4]*scale), outline=COLOURS[int(row[5]) % len(COLOURS)], width=2)
+    _name_boxes(pen, kept, scale, classes, picture.width)
     return picture
+
+def _name_boxes(pen: Any, found: np.ndarray, scale: float, classes: Sequence[str], width: int) -> None:
+    "Class and score over each box, the surest first; what would lie on another name is left out."
+    font, taken = load_font(11), []
+    for row in found:
+        text = f"{classes[int(row[5])][:16]} {row[4]:.0%}"
+        long = font.getlength(text) + 4
+        x, y = max(0., min(row[0]*scale, width - long)), max(row[1]*scale - 15, 0.)
+        if any(x < a + b and a < x + long and abs(y - c) < 14 for a, b, c in taken): continue
+        taken.append((x, long, y))
+        pen.rectangle((x, y, x + long, y + 14), fill=COLOURS[int(row[5]) % len(COLOURS)])
+        pen.text((x + 2, y + 1), text, fill="#ffffff", font=font)
 
 # %% ../../../nbs/api/learn/tasks/04_looks.ipynb #4e71aca9
 def draw_found(candidate: Candidate, model: Model, most: int = 12, seed: int = 0) -> Image.Image:
@@ -50,4 +60,5 @@ def draw_found(candidate: Candidate, model: Model, most: int = 12, seed: int = 0
     scores = task.to_scores(run_model(model, pixels.take(rows["id"])).logits, model.temperature, rows, model.size)
     targets, photos = task.to_targets(rows, model.classes, model.size), read_photos(settings, candidate.snapshot, rows["id"])
     pictures = [task.draw(photo, true, found, model.classes) for photo, true, found in zip(photos, targets, scores, strict=True)]
-    return draw_grid(pictures, [task.say(value, one) for value, one in zip(task.rate(scores, targets), scores, strict=True)], columns=4, side=320)
+    said = [task.tell(*each, model.classes) for each in zip(task.rate(scores, targets), scores, targets, strict=True)]
+    return draw_grid(pictures, said, columns=4, side=320 if candidate.task != "multilabel" else 200)

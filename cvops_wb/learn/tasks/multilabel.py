@@ -124,5 +124,18 @@ class MultiLabel(Task):
         return np.where(either > 0, (found & true).sum(1)/np.maximum(either, 1), 1.)
 
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
-        "The image; what is said of it stands in the table."
+        "The image; what is said of it stands below."
         return image
+
+    def tell(self, right: float, scores: np.ndarray, targets: np.ndarray, classes: Sequence[str]) -> str:
+        "What was said, and what was missed."
+        said, missed = scores >= .5, (targets > 0) & (scores < .5)
+        wrong = said & (targets == 0)
+        lines = [", ".join(name for name, on in zip(classes, said & ~wrong) if on)] + [f"{word}: {', '.join(name for name, on in zip(classes, part) if on)}" for word, part in (("wrong", wrong), ("missed", missed)) if part.any()]
+        return "\n".join(line for line in lines if line)
+
+    def confuse(self, table: pd.DataFrame, classes: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
+        "Of the images with a label: how often it was said, what was said that is not there, and how often it was missed."
+        said, true = self.unpack(table["scores"]) >= .5, self.to_targets(table, classes) > 0
+        counts = true.T.astype(int)@(said & ~true) + np.diag((true & said).sum(0))
+        return np.column_stack([counts, (true & ~said).sum(0)]), [*classes, "(missed)"], "labels"

@@ -138,9 +138,20 @@ class Segmentation(ObjectTask):
         "The mean overlap of the classes in each image, (N,) in 0…1."
         return _mean(measure_overlaps(count_pixels(scores, targets, 1 + int(max(scores.max(initial=0), targets.max(initial=0))))))
 
+    def say(self, right: float, scores: Any) -> str:
+        "A caption."
+        return f"truth | found, IoU {right:.2f}"
+
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
         "An image under what was found, the truth beside it."
         return draw_masks(image, true, found)
+
+    def confuse(self, table: pd.DataFrame, classes: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
+        "Pixels by their class, the background's last."
+        masks = self.unpack(table["scores"])
+        order = [*range(1, len(classes) + 1), 0]
+        counts = count_pixels(masks, self.to_targets(table, classes, masks.shape[1]), len(classes) + 1).sum(0)[np.ix_(order, order)]
+        return counts.astype(np.int64), [*classes, "(background)"], "pixels"
 
     def pack(self, scores: np.ndarray) -> list[np.ndarray]:
         "Scores as cells of a table: flat."
@@ -151,8 +162,9 @@ class Segmentation(ObjectTask):
         flat = np.stack([np.asarray(cell, np.uint8) for cell in cells])
         return flat.reshape(len(flat), *[round(flat.shape[1]**.5)]*2)
 
-def draw_masks(image: Any, true: np.ndarray, found: np.ndarray) -> Image.Image:
+def draw_masks(image: Any, true: np.ndarray, found: np.ndarray, side: int = 192) -> Image.Image:
     "The truth left, what was found right, both over the image."
+    true, found = (np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)) for mask in (true, found))
     palette = np.array([[0, 0, 0], *([int(c[k:k + 2], 16) for k in (1, 3, 5)] for c in COLOURS)])
     pixels = np.asarray(image.convert("RGB").resize(true.shape[::-1]), float)
     halves = [np.where(mask[..., None] > 0, .45*pixels + .55*palette[np.where(mask > 0, (mask - 1) % len(COLOURS) + 1, 0)], pixels) for mask in (true, found)]

@@ -15,8 +15,8 @@ from ..replies import Reply, run_stages
 from ..runs import find_run
 
 # %% ../../../nbs/api/loop/checking/01_curating.ipynb #5f0819ee
-NEXT = """  next       nothing has a label yet. Look at the images: cvops curate --app
-             tag what you know `relabel:tea` there, then: cvops curate --apply
+NEXT = """  next       nothing has a label yet. Name piles of what looks alike: cvops snapshot && cvops piles
+             or tag what you know `relabel:tea` in the App, cvops curate --app, then: cvops curate --apply
              or ingest the same images with their labels: sub-folders, or a CSV of path,label
              or, where all of them show what is good, learn what differs from it: cvops snapshot && cvops train -p task=anomaly"""
 

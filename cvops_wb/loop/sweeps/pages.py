@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.drawing import COLOURS, LINE, draw_bars, embed_png, escape, new_figure, plain
+from ...core.drawing import COLOURS, LINE, draw_bars, embed_png, escape, name_metric, new_figure, plain
 from ...core.files import dump_json, write_atomic
 from ..engine import STYLE
 
@@ -24,8 +24,8 @@ def draw_trials(told: Mapping[str, Any]) -> Any:
     axes.plot([t["number"] for t in done], [t["value"] for t in done], "o", color=COLOURS[0], label="trial")
     axes.step([t["number"] for t in done], line, where="post", color=COLOURS[1], label="best so far")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(title=plain(told["metric"]), xlabel="trial")
-    axes.legend()
+    axes.set(title=plain(name_metric(told["metric"])), xlabel="trial")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 def draw_parameters(told: Mapping[str, Any]) -> Any:
@@ -38,8 +38,10 @@ def draw_parameters(told: Mapping[str, Any]) -> Any:
         axis.plot([plain(v) if isinstance(v, str) else v for v in values], [t["value"] for t in done], "o", color=COLOURS[0])
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
         if numbers and min(numbers) > 0 and max(numbers) > 20*min(numbers): axis.set_xscale("log")
+        elif numbers and all(isinstance(v, int) for v in numbers): axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(plain(name))
         axis.margins(x=.15)
+    axes[0][0].set_ylabel(plain(name_metric(told["metric"])))
     return figure
 
 def draw_curves(told: Mapping[str, Any]) -> Any:
@@ -50,14 +52,16 @@ def draw_curves(told: Mapping[str, Any]) -> Any:
         points = sorted((int(k), v) for k, v in trial["epochs"].items())
         colour = COLOURS[2] if trial["number"] == best else COLOURS[3] if trial["state"] == "pruned" else "#8c959f"
         if points: axes.plot(*zip(*points, strict=True), color=colour, linewidth=2.2 if trial["number"] == best else 1, marker="x" if trial["state"] == "pruned" else "o" if len(points) == 1 else "", markevery=[-1])
-    axes.set(title="over the epochs: the best green, those stopped early orange", xlabel="epoch")
+    stopped = ", those stopped early orange" if any(t["state"] == "pruned" for t in told["trials"]) else ""
+    axes.set(title=f"over the epochs: the best green{stopped}", xlabel="epoch", ylabel=plain(name_metric(told["metric"])))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 # %% ../../../nbs/api/loop/sweeps/02_pages.ipynb #86af43fc
 MORE = f"""
 .best{{border:1px solid {LINE};border-left:4px solid #009E73;border-radius:6px;padding:.8rem 1.1rem;margin:1rem 0}}
 .best b{{font-size:1.6rem}}.best pre{{background:#f6f8fa;padding:.5rem .8rem;border-radius:4px;overflow-x:auto;white-space:pre-wrap}}
-figure{{margin:1rem 0}}figure img{{max-width:100%}}.scroll{{overflow-x:auto}}td.number{{text-align:right;font-variant-numeric:tabular-nums}}
+h2 small{{font-weight:400;color:#57606a;font-size:13px}}figure{{margin:1rem 0}}figure img{{max-width:100%}}.scroll{{overflow-x:auto}}td.number{{text-align:right;font-variant-numeric:tabular-nums}}
 tr.best-row{{background:#e8f5f0}}td.failed{{color:#a40e26}}td.pruned{{color:#9a5200}}
 """
 
@@ -73,11 +77,12 @@ def make_page(told: Mapping[str, Any]) -> str:
     summary = ", ".join(f"{count} {words[state]}" for state, count in counts.items() if count)
     pictures = [draw_trials, draw_parameters, draw_curves] if counts["complete"] else []
     figures = "".join(f"<figure>{embed_png(draw(told), draw.__doc__)}</figure>" for draw in pictures)
-    bars = f"<h2>What mattered</h2><figure>{embed_png(draw_bars(told['importance'], 'share of the variation'), 'importance')}</figure>" if told["importance"] else ""
+    few = f" <small>{counts['complete']} finished trials say little of that</small>" if counts["complete"] < 20 else ""
+    bars = f"<h2>What mattered{few}</h2><figure>{embed_png(draw_bars(told['importance'], 'share of the variation'), 'importance')}</figure>" if told["importance"] else ""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(told["sweep"])}</title><style>{STYLE}{MORE}</style></head>'
-            f'<body><main><h1>{escape(told["sweep"])}</h1><p>{escape(told["stage"])}, {escape(told["metric"])} on the validation split, {told["direction"]}d: {summary or "no trial yet"}.</p>'
+            f'<body><main><h1>{escape(told["sweep"])}</h1><p>{escape(told["stage"])}, {escape(name_metric(told["metric"]))} on the validation split, {told["direction"]}d: {summary or "no trial yet"}.</p>'
             f"{_say_best(told)}{bars}{figures}<h2>Trials</h2>{_table(told)}</main></body></html>\n")
 
 def _say_best(told: Mapping[str, Any]) -> str:
@@ -90,7 +95,7 @@ def _say(value: Any) -> str: return f"{value:.4g}" if isinstance(value, float) e
 
 def _table(told: Mapping[str, Any]) -> str:
     names = sorted({name for t in told["trials"] for name in t["parameters"]})
-    head = "".join(f"<th>{escape(h)}</th>" for h in ("trial", told["metric"], *names, "", "run"))
+    head = "".join(f"<th>{escape(h)}</th>" for h in ("trial", name_metric(told["metric"]), *names, "", "run"))
     sign = 1 if told["direction"] == "minimize" else -1
     order = sorted(told["trials"], key=lambda t: (t["value"] is None, sign*(t["value"] or 0), t["number"]))
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>{"".join(_row(t, names, told["best"]) for t in order)}</table></div>'

@@ -1,6 +1,6 @@
 """A champion of the workbench's own kind for a bench: the product's network, recipe and loop on images in memory, kept in the cache by what it has learnt from.
 
-    from champion import learn_champion
+    from parts.champion import learn_champion
     look = learn_champion(images, labels, epochs=12)      # look(images) → classes, chances (N, K), embeddings (N, D)
 """
 import hashlib
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 SIZE = 64       # of the images in service, pixels
 
 
