@@ -199,6 +199,23 @@ def test_a_worker_follows_and_a_version_that_does_not_load_gets_nobody(tmp_path)
         for traffic in (good, bad): traffic.close()
 
 
+@pytest.mark.parametrize("error", [BadModel("refused", got="2"), RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT\nmore")])
+def test_a_version_that_no_worker_can_load_is_rolled_back_and_the_next_rollout_is_followed(tmp_path, error):
+    def load(arm):
+        if arm.version == 2: raise error
+        return Loaded(arm.version, arm.manifest_sha256, None)
+    traffic = Traffic(tmp_path/"rollout", Loaded(1, ARMS[0].manifest_sha256, None), load)
+    controller = Controller(tmp_path/"rollout", tmp_path/"log")
+    third = replace(ARMS[1], version=3, manifest_sha256="c"*64)
+    for name, challenger, phase in (("r1", ARMS[1], IDLE), ("r2", ARMS[1], IDLE), ("r3", third, RUNNING)):
+        controller.file.start(ARMS[0], challenger, name, (.5,))
+        assert rollouts.find_refusal(controller.file.folder, challenger) == ""       # not of the rollout before
+        traffic.look()
+        state = controller.tick()
+        assert state.phase == phase and ("cannot be loaded: " in state.reason and "\n" not in state.reason) == (phase == IDLE), state
+    assert {traffic.choose(f"{k}").arm for k in range(500)} >= {CHALLENGER}
+
+
 @pytest.mark.parametrize("since, version", [("", 2), ("2020-01-01T00:00:00Z", 2), ("2999-01-01T00:00:00Z", 1)])
 def test_a_package_that_was_made_after_a_promotion_answers(tmp_path, since, version):
     file = RolloutFile(tmp_path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import MissingTool, ToolFailed, WrongUsage
-from .states import HOLDING, IDLE, RUNNING, Rollout, RolloutFile, abort, advance, end, promote
+from .states import HOLDING, IDLE, RUNNING, Rollout, RolloutFile, abort, advance, end, find_refusal, promote
 from .evidence import Decision, Evidence, RolloutSpec, decide
 from ..predictions import list_files, list_segments, read_segment
 
@@ -95,7 +95,9 @@ class Controller:
         self.tell(state)
         if state.phase == RUNNING: self.collect(state)
         self.at_change, self.number = self.at_change if self.number in (-1, state.number) else self.evidence.pairs, state.number
-        decision = decide(state, self.evidence, self.spec, _since(state.began), _since(state.time), self.evidence.pairs - self.at_change)
+        refused = state.phase == RUNNING and find_refusal(self.file.folder, state.challenger)
+        decision = Decision("abort", f"version {state.challenger.version} cannot be loaded: {refused}") if refused else \
+            decide(state, self.evidence, self.spec, _since(state.began), _since(state.time), self.evidence.pairs - self.at_change)
         if decision.action == "wait": return self.tell(state) if state.phase == HOLDING or self.file.renew(self.id) else self.file.read()
         return self.tell(self.apply(decision))
 

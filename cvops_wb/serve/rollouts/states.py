@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'IDLE', 'RUNNING', 'HOLDING', 'CHAMPION', 'BASELINE', 'CHALLENGER', 'LEASE', 'Arm', 'Rollout', 'read_boot',
            'parse_rollout', 'place_caller', 'is_leased', 'choose_arm', 'RolloutRunning', 'NoRollout', 'start',
-           'advance', 'promote', 'abort', 'end', 'RolloutFile']
+           'advance', 'promote', 'abort', 'end', 'name_refusal', 'refuse_arm', 'find_refusal', 'RolloutFile']
 
 # %% ../../../nbs/api/serve/rollouts/01_states.ipynb #04a2d607
 import fcntl
@@ -18,7 +18,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from ...core.errors import BadRecord, WrongUsage
+from ...core.errors import BadRecord, CvopsError, WrongUsage
 from ...core.files import dump_json, read_json, write_atomic
 
 # %% ../../../nbs/api/serve/rollouts/01_states.ipynb #b41ed570
@@ -127,6 +127,23 @@ def end(state: Rollout, reason: str = "") -> Rollout:
     "The old champion may go."
     return replace(state, previous=None, phase=IDLE, event="end", reason=reason) if state.phase == HOLDING else state
 
+# %% ../../../nbs/api/serve/rollouts/01_states.ipynb #c0ffee12
+def name_refusal(folder: Path, arm: Arm) -> Path:
+    "Where a worker notes that it cannot load a version."
+    return folder/"refused"/f"{arm.manifest_sha256[:16]}.json"
+
+def refuse_arm(folder: Path, arm: Arm, why: str) -> None:
+    "Note that a version cannot be loaded."
+    path = name_refusal(folder, arm)
+    if path.is_file(): return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, dump_json({"version": arm.version, "why": why}), durable=False)
+
+def find_refusal(folder: Path, arm: Arm) -> str:
+    "Why a worker cannot load a version; empty if none has said so since the rollout began."
+    try: return str(read_json(name_refusal(folder, arm))["why"])
+    except (CvopsError, OSError, KeyError, TypeError, ValueError): return ""
+
 # %% ../../../nbs/api/serve/rollouts/01_states.ipynb #ae9e2ac3
 LEASE = 20.     # seconds
 
@@ -181,6 +198,7 @@ class RolloutFile:
 
     def start(self, champion: Arm, challenger: Arm, name: str, steps: tuple[float, ...] = STEPS, shadow: bool = False) -> Rollout:
         "Begin; `RolloutRunning` if one is under way."
+        name_refusal(self.folder, challenger).unlink(missing_ok=True)   # of an earlier rollout; a worker that still cannot says so again
         return self.change(start, champion, challenger, name, steps, shadow)
 
     def promote(self, reason: str) -> Rollout:
