@@ -363,3 +363,31 @@ def test_a_faint_board_is_no_blank_and_a_speck_is_no_drawing(grocery, workbench,
     assert numbers["board"] > .5 and numbers["plate"] == 1      # by the numbers alone
     table = read_samples(curate(batch, CurateSpec(min_images=0), room(workbench, "curate")).samples)
     assert has_tag(table, "blank").groupby(table.label).mean().to_dict() == {"board": 0, "plate": 1, "shelf": 0}
+
+
+def draw_station(place, seed, light, scratched, seen=7):
+    "What a camera sees that never moves: the same things each time, another part, another light, and now and then a scratch."
+    from PIL import Image, ImageDraw
+    rng, fixed = np.random.default_rng(seed), np.random.default_rng(seen)
+    image = Image.new("RGB", (160, 120), (120, 122, 118))
+    pen = ImageDraw.Draw(image)
+    for _ in range(9):
+        x, y, side = *fixed.integers(5, 140, 2), int(fixed.integers(10, 26))
+        pen.ellipse([x, y, x + side, y + side], fill=tuple(int(v) for v in fixed.integers(60, 220, 3)))
+    pen.rectangle([60, 50, 104, 92], fill=(186, 150, 90))
+    if scratched: pen.line([*rng.integers(62, 90, 2), *rng.integers(62, 90, 2)], fill=(30, 20, 15), width=3)
+    slope = np.linspace(-1, 1, 160)[None, :, None]*rng.uniform(-60, 60)*light
+    pixels = np.asarray(image, np.float32)*(1 + light*rng.uniform(-1, 1)) + slope + rng.normal(0, 2, (120, 160, 3))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place, quality=90)
+
+
+@pytest.mark.parametrize("light, labels", [(.25, ("", "")), (0., ("good", "good")), (.25, ("good", "scratch"))])
+def test_a_fixed_camera_is_no_heap_of_duplicates(light, labels, workbench, tmp_path):
+    "Forty pictures of one station, most of them alike but for the light: each is a picture of its own, and something can be held out."
+    source = tmp_path/"station"
+    for k in range(40): draw_station(source/labels[k % 5 == 0]/f"{k:02}.jpg", k, light, labels[1] == "scratch" and k % 5 == 0)
+    selection = curate(ingest(str(source), IngestSpec(), room(workbench, "ingest")), CurateSpec(), room(workbench, "curate"))
+    table = read_samples(selection.samples)
+    assert selection.splits["train"] >= 24 and min(selection.splits["val"], selection.splits["test"]) >= 4
+    assert selection.groups >= 36 and table["group"].value_counts().max() <= 4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'HINT', 'WATCHED', 'STATISTICS', 'CALIBRATION', 'TrainSpec', 'NoDevice', 'Diverged', 'choose_device',
-           'check_spec', 'choose_epochs', 'complete', 'check_task', 'seed_all', 'to_fit', 'pick_shared',
+           'check_spec', 'choose_epochs', 'complete', 'check_task', 'seed_all', 'read_threads', 'to_fit', 'pick_shared',
            'shorten_memory', 'History', 'say', 'train', 'begin_with', 'find_checkpoint', 'keep_batch', 'choose_way',
            'classify', 'look_once', 'teach', 'Material', 'gather', 'count_parameters', 'name_finer', 'judge_session',
            'deliver', 'file_away', 'show_all', 'draw_samples', 'draw_mistakes', 'draw_history', 'plot_history',
@@ -122,7 +122,12 @@ def seed_all(seed: int, threads: int = 0) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or read_threads() or os.cpu_count() or 1)
+
+def read_threads() -> int:
+    "What OMP_NUM_THREADS allows; 0 where it says nothing that can be read."
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(told) if told.isdecimal() else 0
 
 # %% ../../nbs/api/learn/07_training.ipynb #38a0a85c
 def to_fit(spec: TrainSpec, mean: tuple[float, ...], std: tuple[float, ...]) -> FitSpec:
