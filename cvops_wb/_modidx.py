@@ -3009,6 +3009,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.plot_history': ( 'api/learn/training.html#plot_history',
                                                                                    'cvops_wb/learn/training.py'),
+                                         'cvops_wb.learn.training.read_threads': ( 'api/learn/training.html#read_threads',
+                                                                                   'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.say': ('api/learn/training.html#say', 'cvops_wb/learn/training.py'),
                                          'cvops_wb.learn.training.seed_all': ( 'api/learn/training.html#seed_all',
                                                                                'cvops_wb/learn/training.py'),
