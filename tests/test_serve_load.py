@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from open_loop import Load, Reply, Wire, make_request
+from open_loop import Load, Reply, Storm, Wire, make_request
 from serve_toy import CLASSES, photograph, register_toy, write_model
 
 from cvops_wb.core.processes import answers, free_port, wait_until
@@ -82,47 +82,56 @@ def percentile(replies, share: float) -> float:
 
 # ── more than it can bear ──
 
-class Prober:
-    "Asks /livez twenty times a second, each on time."
-
-    def __init__(self, port: int):
-        self.waits, self.ended, self.thread = [], threading.Event(), threading.Thread(target=self.go, args=(port,))
-
-    def go(self, port: int) -> None:
-        wire, begin, number, request = Wire(port), time.perf_counter(), 0, make_request("/livez", b"", verb="GET")
-        while not self.ended.wait(max(0., begin + number/20 - time.perf_counter())):
-            due = begin + number/20
-            status, *_ = wire.ask(request)
-            self.waits.append(time.perf_counter() - due if status == 200 else 1e9)
-            number += 1
-        wire.close()
-
-    def __enter__(self): self.thread.start(); return self
-    def __exit__(self, *error): self.ended.set(); self.thread.join()
+def read_spent(pid: int) -> float:
+    "Seconds of processor that a process has had, to the nanosecond."
+    return sum(int((task/"schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())/1e9
 
 
-def test_beyond_saturation(bench, resnet):
-    "What it can do it still does at ten times the load; the rest is told 429 and when to come back, sooner than the others are answered; it stays live."
-    factors, seconds = ((1, 2, 5, 10), 15.) if FULL else ((10,), 3.)
+def ask_beyond(port: int, worker: int, requests: list[bytes], peak: tuple[float, float], factor: float, seconds: float) -> tuple[float, float]:
+    "One load: a line of the table, what holds on any machine, and two shares of the peak: answers a second, answers a second of the worker's processor."
+    storm, before = Storm(port, requests), read_spent(worker)
+    with closing(storm): replies = storm.run(factor*peak[0], seconds)
+    good, refused = ([reply for reply in replies if reply.status == status] for status in (200, 429))
+    shares = len(good)/max(seconds, max(reply.due + reply.wait for reply in good))/peak[0], len(good)/(read_spent(worker) - before)/peak[1]
+    say(f"| {factor} × | {factor*peak[0]:.0f} | {shares[0]*peak[0]:.1f} | {shares[0]:.2f} | {shares[1]:.2f} | {percentile(good, 50):.0f} ms | {percentile(good, 99):.0f} ms | {percentile(refused, 99):.1f} ms | {percentile(storm.probes, 99):.1f} ms | {np.percentile(storm.lag, 99)*1e3:.1f} ms |")
+    assert len(good) + len(refused) == len(replies), {reply.status: reply.why for reply in replies}
+    assert all(reply.headers["retry-after"].isdigit() for reply in refused) and all(probe.status == 200 for probe in storm.probes)
+    if factor >= 2 and shares[0] < 1.2: assert len(refused) > len(good)/2 and percentile(refused, 50) < percentile(good, 50)
+    return shares
+
+
+def compare_with_peak(port: int, worker: int, model: str, factors, seconds: float) -> dict[float, tuple[float, float]]:
+    "The goodput of each load as a share of what eight clients get who ask again at once."
     requests = make_requests()
-    with serving(bench, resnet, "log-load", core=FIRST) as (port, *_):
-        before = os.sched_getaffinity(0)
+    asyncio.run(Load(port, requests).saturate(8, 1.5))
+    before = read_spent(worker)
+    peak = asyncio.run(Load(port, requests).saturate(8, seconds))
+    cost = (read_spent(worker) - before)/peak/seconds
+    say(f"\n| load | sent/s | goodput/s | of peak | by processor | p50 answered | p99 answered | p99 refused | p99 /livez | p99 late |\n{model}: peak {peak:.1f} a second, eight clients; {cost*1e3:.2f} ms of processor an answer")
+    return {factor: ask_beyond(port, worker, requests, (peak, 1/cost), factor, seconds) for factor in factors}
+
+
+@pytest.mark.parametrize("model", ["resnet", "bento"])
+def test_beyond_saturation(bench, model, request):
+    "What it can do it still does at ten times the load; the rest is told 429 and when to come back, sooner than the others are answered; it stays live. Of a network of tens of milliseconds, and of one that costs nothing."
+    factors, seconds = ((1, 2, 5, 10), 12.) if FULL else ((10,), 3.)
+    with serving(bench, request.getfixturevalue(model), f"log-load-{model}", core=FIRST) as (port, process, _):
+        [worker], before = find_workers(process), os.sched_getaffinity(0)
         os.sched_setaffinity(0, {LAST})
         try:
-            asyncio.run(Load(port, requests).saturate(8, 1.5))
-            peak = asyncio.run(Load(port, requests).saturate(8, seconds))
-            say(f"\n| load | sent/s | goodput/s | of peak | p50 answered | p99 answered | p99 refused | p99 /livez |\npeak {peak:.1f} a second, eight clients")
-            for factor in factors:
-                with Prober(port) as prober: replies = asyncio.run(Load(port, requests, most=2000).run(factor*peak, seconds))
-                good, refused = ([reply for reply in replies if reply.status == status] for status in (200, 429))
-                goodput, live = len(good)/max(seconds, max(reply.due + reply.wait for reply in good)), float(np.percentile(prober.waits, 99))*1e3
-                say(f"| {factor} × | {factor*peak:.0f} | {goodput:.1f} | {goodput/peak:.2f} | {percentile(good, 50):.0f} ms | {percentile(good, 99):.0f} ms | {percentile(refused, 99):.1f} ms | {live:.1f} ms |")
-                assert len(good) + len(refused) == len(replies), {reply.status: reply.why for reply in replies}
-                assert all(reply.headers["retry-after"].isdigit() for reply in refused) and max(prober.waits) < 1e6
-                if factor >= 2: assert len(refused) > len(good)/2 and percentile(refused, 50) < percentile(good, 50)
-                assert goodput >= (.9 if FULL and factor > 1 else .5)*peak      # the sample shares its machine with other tests
-            assert Wire(port).ask(requests[0])[0] == 200
+            for _ in range(3):
+                found = compare_with_peak(port, worker, model, factors, seconds)
+                if max(share for share, _ in found.values()) < 1.2: break     # else the machine had more to do while the peak was measured: anew
+            with closing(Wire(port)) as wire: assert wire.ask(make_requests(1)[0])[0] == 200
         finally: os.sched_setaffinity(0, before)
+    # the sample shares its machine with other tests: hundreds of requests a second, whose caller may not get to send them, count by the processor
+    for factor, shares in found.items(): assert shares[model == "bento" and not FULL] >= find_bound(model, factor), found
+
+
+def find_bound(model: str, factor: float) -> float:
+    "The least share of the peak. Ten times what a network that costs nothing bears is ten thousand requests a second, of which an echo server would leave 0.87: bench/results/load.md."
+    if not FULL or factor <= 1: return .5
+    return .9 if model == "resnet" or factor < 10 else .7
 
 
 # ── callers that time out ──

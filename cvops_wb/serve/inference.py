@@ -108,7 +108,7 @@ def read_boxes(found: np.ndarray, model: VerifiedModel, width: int, height: int)
 def read_labels(logits: np.ndarray, model: VerifiedModel, width: int, height: int) -> Said:
     "Any number of labels; confidence is that of the least sure yes or no."
     scores = 1/(1 + np.exp(-np.clip(logits.astype(np.float64)/model.temperature, -60, 60)))
-    told = [name for name, score in zip(model.classes, scores) if score >= .5]
+    told = [name for name, score in zip(model.classes, scores, strict=True) if score >= .5]
     p = np.clip(scores, 1e-9, 1 - 1e-9)
     doubt = float(-(p*np.log2(p) + (1 - p)*np.log2(1 - p)).mean())
     return "|".join(told) or "nothing", float(np.maximum(p, 1 - p).min()), scores.astype(np.float32), doubt, {"labels": told}
@@ -120,7 +120,7 @@ def read_maps(maps: np.ndarray, model: VerifiedModel, width: int, height: int) -
     best = int(shares[1:].argmax())
     logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
     ends = np.append(np.flatnonzero(np.diff(mask.ravel())), mask.size - 1)
-    runs = [[int(mask.ravel()[end]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=-1))]
+    runs = [[int(mask.ravel()[end]), int(length)] for end, length in zip(ends, np.diff(ends, prepend=-1), strict=True)]
     label = model.classes[best] if shares[1 + best] > 0 else "nothing"
     return label, float(shares[1 + best]), shares[1:].astype(np.float32), float(max(0., -(shares*logs).sum())/np.log(len(shares))), {"mask": {"size": mask.shape[0], "runs": runs}}
 
@@ -237,7 +237,7 @@ def open_onnx(model: VerifiedModel, threads: int, provider: str = "cpu") -> Any:
         found = session.run([FIRST[task], "embedding"], {"images": np.zeros((taken if isinstance(taken, int) else 2, size, size, 3), np.uint8)})
     except (*broken, ValueError) as e: raise spoilt(path, f"ONNX Runtime does not run it: {str(e).splitlines()[0][:200]}") from e
     shapes, wanted = [part.shape for part in found], {"boxes": (None, 6), "logits": (count,), "maps": (count + 1, size, size), "heat": (min(64, size//4),)*2}[FIRST[task]]
-    right = len(shapes[0]) == 1 + len(wanted) and all(want in (None, got) for got, want in zip(shapes[0][1:], wanted))
+    right = len(shapes[0]) == 1 + len(wanted) and all(want in (None, got) for got, want in zip(shapes[0][1:], wanted, strict=True))
     if not right or len(shapes[1]) != 2 or shapes[0][0] != shapes[1][0]:
         raise spoilt(path, f"{FIRST[task]} and embedding of some images have the shapes {shapes}, wanted (N, {', '.join(str(w or 'M') for w in wanted)}) and (N, D)")
     return session

@@ -6,7 +6,7 @@
 __all__ = ['IMAGE_STATUS', 'RAW_TYPES', 'FORM', 'JSON', 'ENVELOPE', 'READ_SECONDS', 'IMAGES', 'Receive', 'SMALL', 'BadRequest',
            'explain', 'Upload', 'read_upload', 'read_small', 'read_request', 'read_feedback', 'too_large',
            'check_length', 'read_body', 'split_type', 'find_files', 'Parts', 'list_images', 'find_encoded',
-           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'Gate', 'Rates']
+           'decode_base64', 'read_tokens', 'check_host', 'is_loopback', 'check_caller', 'too_busy', 'Gate', 'Rates']
 
 # %% ../../nbs/api/serve/03_limits.ipynb #10f6c8c3
 import asyncio
@@ -260,21 +260,24 @@ def check_caller(
         raise BadRequest(403, "other_origin", "a page of another site may not ask", "open the page of this service")
 
 # %% ../../nbs/api/serve/03_limits.ipynb #482bc791
+def too_busy() -> BadRequest:
+    "The refusal of one more than fit in the line."
+    return BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
+
 class Gate:
     "So many at once, and no more."
 
     def __init__(self, most: int):
         self.most, self.inside, self.lock = most, 0, Lock()
 
-    def check(self) -> None:
-        "`BadRequest` 429 if it is full."
-        if self.inside < self.most: return
-        raise BadRequest(429, "busy", "the service is busy", "try again after `Retry-After` seconds", {"retry-after": "1"})
+    def check(self, most: int = 0) -> None:
+        "`BadRequest` 429 if it is full; `most`: of those who need less than others, and may be more."
+        if self.inside >= (most or self.most): raise too_busy()
 
-    def enter(self) -> None:
+    def enter(self, most: int = 0) -> None:
         "Take a place, or be refused."
         with self.lock:
-            self.check()
+            self.check(most)
             self.inside += 1
 
     def leave(self) -> None:

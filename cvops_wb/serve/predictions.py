@@ -162,7 +162,7 @@ def read_measured(text: str) -> dict[str, Any]:
     "The columns of such a text; none if it was not, or not wholly, written."
     parts = text.split(" ")
     if len(text) != ROOM or [len(part) for part in parts] != [7]*5 + [16]: return {}
-    try: return {**dict(zip(MEASURED, map(float, parts[:5]))), "phash": parts[5]}
+    try: return {**dict(zip(MEASURED[:5], map(float, parts[:5]), strict=True)), "phash": parts[5]}
     except ValueError: return {}
 
 
