@@ -163,10 +163,10 @@ def read_estimates(settings: Settings, most: int = 60) -> tuple[Estimate, ...]:
     return tuple(sorted(found, key=lambda estimate: to_seconds(estimate.time) or 0.))
 
 # %% ../../../nbs/api/watch/live/02_glances.ipynb #glance02
-def list_checks(version: int, settings: Settings) -> tuple[Estimate, ...]:
-    "The spot checks of a version, those that no look has seen yet too."
+def list_checks(drift: DriftState, settings: Settings) -> tuple[Estimate, ...]:
+    "The spot checks of a version, oldest first: those that a look has seen, and those since."
     from cvops_wb.watch.accuracy import read_checks
-    return read_checks(version, settings)
+    return tuple(dict.fromkeys((*drift.checks, *read_checks(drift.version, settings))))
 
 def find_log(settings: Settings) -> Path:
     "The live log; the newest rehearsal's where nobody has asked yet."
@@ -201,7 +201,7 @@ def read_glance(
     attempt("service", lambda: ask_service(settings))
     attempt("drift", lambda: read_drift_state(settings=settings))
     attempt("estimates", lambda: read_estimates(settings))
-    attempt("checks", lambda: list_checks(parts["drift"].version, settings) if parts.get("drift") else ())
+    attempt("checks", lambda: list_checks(parts["drift"], settings) if parts.get("drift") else ())
     attempt("training", lambda: tuple(s for s in read_steps(settings)[0] if s.stage in ("train", "evaluate", "register", "package") and s.made))
     photos = {s: p for cause in (parts["drift"].causes[:4] if parts.get("drift") else ()) for s, p in take_photos(cause.samples, settings)}
     known = tuple(sorted({c for c in counts.read(since, until)["camera"].unique() if c} | {c for c in (camera,) if c}))
