@@ -32,14 +32,18 @@ from cvops_wb.data.formats.objects import dump_objects, make_object, parse_objec
 from cvops_wb.data.intake import fingerprint_source
 from cvops_wb.data.store import Store, write_samples
 
-WRITERS = ["coco", "csv", "fiftyone", "folder", "voc", "yolo"]
+WRITERS = ["coco", "csv", "fiftyone", "folder", "masks", "voc", "yolo"]
 DEFECTS = {"1": "open", "2": "short", "3": "mousebite", "4": "spur", "5": "copper", "6": "pin-hole"}
 
 
-def picture(seed: int, width: int = 64, height: int = 48) -> bytes:
+def save_picture(pixels, kind: str) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)).save(out, "JPEG")
+    Image.fromarray(pixels).save(out, kind)
     return out.getvalue()
+
+
+def picture(seed: int, width: int = 64, height: int = 48) -> bytes:
+    return save_picture(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8), "JPEG")
 
 
 def make_sample(seed: int, label="", split="", objects=(), looked=True, width=64, height=48, **facts) -> Sample:
@@ -65,24 +69,24 @@ AWKWARD = [
 ]
 # What each format holds of the samples above, beyond what all hold; the rest must be told, item by item.
 CASES = {
-    "plain": (AWKWARD, {"folder": {"objects": 6, "whether somebody looked for objects": 1}}),
-    "polygon": ([make_sample(1, "tea", "train", [make_object("tea", polygons=[[1, 2, 9, 2, 5, 8]])])], {"voc": {"polygons": 1}, "folder": {"objects": 1}}),
+    "plain": (AWKWARD, {"masks": {"attributes": 5, "boxes": 5, "classes of objects": 2, "objects": 1}, "folder": {"objects": 6, "whether somebody looked for objects": 1}}),
+    "polygon": ([make_sample(1, "tea", "train", [make_object("tea", polygons=[[1, 2, 9, 2, 5, 8]])])], {"voc": {"polygons": 1}, "masks": {"attributes": 1, "boxes": 1, "polygons": 1}, "folder": {"objects": 1}}),
     "two polygons": ([make_sample(1, "tea", "train", [make_object("tea", polygons=[[1, 2, 9, 2, 5, 8], [20, 20, 30, 20, 25, 30]])])],
-                     {"voc": {"polygons": 1}, "yolo": {"polygons": 1}, "folder": {"objects": 1}}),
+                     {"voc": {"polygons": 1}, "yolo": {"polygons": 1}, "masks": {"attributes": 1, "boxes": 1, "polygons": 1}, "folder": {"objects": 1}}),
     "attributes": ([make_sample(1, "tea", "train", [make_object("tea", [1, 2, 3, 4], attributes={"difficult": 1, "pose": "Left"})])],
-                   {"yolo": {"attributes": 1}, "folder": {"objects": 1}}),
+                   {"yolo": {"attributes": 1}, "masks": {"attributes": 1, "boxes": 1}, "folder": {"objects": 1}}),
     "other attributes": ([make_sample(1, "tea", "train", [make_object("tea", [1, 2, 3, 4], attributes={"score": .5, "kind": {"of": [1, None, "x"]}})])],
-                         {"yolo": {"attributes": 1}, "voc": {"attributes": 1}, "folder": {"objects": 1}}),
+                         {"yolo": {"attributes": 1}, "voc": {"attributes": 1}, "masks": {"attributes": 1, "boxes": 1}, "folder": {"objects": 1}}),
     "a label of its own": ([make_sample(1, "shelf", "train", [TEA, CUP]), make_sample(2, "tea", "val", [CUP])],
-                           {"yolo": {"labels of images": 2}, "voc": {"labels of images": 2}, "folder": {"objects": 3}}),
+                           {"yolo": {"labels of images": 2}, "voc": {"labels of images": 2}, "masks": {"attributes": 3, "boxes": 2, "classes of objects": 2, "labels of images": 2}, "folder": {"objects": 3}}),
     "labels only": ([make_sample(1, "tea", "train", looked=False), make_sample(2, "milk", "val", looked=False)],
-                    {"coco": {"whether somebody looked for objects": 2}, "yolo": {"labels of images": 2}, "voc": None}),
+                    {"coco": {"whether somebody looked for objects": 2}, "yolo": {"labels of images": 2}, "masks": None, "voc": None}),
     "tags": ([make_sample(1, "tea", "train", [TEA], tags=["blurred", "dark"], camera="K1", taken="2026-11-23T10:00:00")],
-             {**{name: {"tags": 1, "camera": 1, "taken": 1} for name in ("coco", "yolo", "voc")}, "folder": {"objects": 1, "tags": 1, "camera": 1, "taken": 1}}),
-    "no split": ([make_sample(1, "tea", "", [TEA]), make_sample(2, "", "", [TEA, CUP])], {"folder": {"objects": 3}}),
+             {**{name: {"tags": 1, "camera": 1, "taken": 1} for name in ("coco", "yolo", "voc")}, "masks": {"attributes": 1, "boxes": 1, "tags": 1, "camera": 1, "taken": 1}, "folder": {"objects": 1, "tags": 1, "camera": 1, "taken": 1}}),
+    "no split": ([make_sample(1, "tea", "", [TEA]), make_sample(2, "", "", [TEA, CUP])], {"masks": {"attributes": 3, "boxes": 3, "classes of objects": 2}, "folder": {"objects": 3}}),
     "label with a slash": ([make_sample(1, "../../tea", "train", looked=False), make_sample(2, "tea/green", "train", looked=False)],
-                           {"folder": {"labels of images": 2}, "coco": {"whether somebody looked for objects": 2}, "yolo": {"labels of images": 2}, "voc": None}),
-    "control characters": ([make_sample(1, "", "train", [make_object("te\0a\x01", [1, 2, 3, 4]), TEA])], {"voc": {"classes of objects": 1}, "folder": {"objects": 2}}),
+                           {"masks": None, "folder": {"labels of images": 2}, "coco": {"whether somebody looked for objects": 2}, "yolo": {"labels of images": 2}, "voc": None}),
+    "control characters": ([make_sample(1, "", "train", [make_object("te\0a\x01", [1, 2, 3, 4]), TEA])], {"voc": {"classes of objects": 1}, "masks": {"attributes": 2, "boxes": 2}, "folder": {"objects": 2}}),
 }
 
 
@@ -218,6 +222,7 @@ def write_files(root: Path, files: dict[str, str | bytes]) -> Path:
 
 COCO = json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "categories": [{"id": 1, "name": "tea"}], "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]})
 XML = "<annotation><filename>1.jpg</filename><object><name>tea</name><bndbox><xmin>2</xmin><ymin>3</ymin><xmax>4</xmax><ymax>6</ymax></bndbox></object></annotation>"
+MASK = save_picture(np.pad(np.full((8, 8), 255, np.uint8), ((20, 20), (28, 28))), "PNG")
 LAYOUTS = {
     "coco as published": ("coco", {"annotations/instances_train2017.json": COCO, "train2017/1.jpg": "*"}, ("tea", "train")),
     "coco, captions beside": ("coco", {"annotations/instances_val.json": COCO, "annotations/captions_val.json": '{"images": [], "annotations": [', "val/1.jpg": "*"}, ("tea", "val")),
@@ -233,6 +238,7 @@ LAYOUTS = {
     "csv": ("csv", {"labels.csv": "\ufefffilename,class,set\nimages/1.jpg,tea,validation\n", "images/1.jpg": "*"}, ("tea", "val")),
     "csv made on Windows": ("csv", {"labels.csv": "path,label\r\nimages\\1.jpg,tea\r\n", "images/1.jpg": "*"}, ("tea", "")),
     "lists": ("lists", {"train.txt": "1.jpg, tea\n", "1.jpg": "*"}, ("tea", "train")),
+    "masks": ("masks", {"images/val/1.jpg": "*", "masks/val/1.png": MASK}, ("foreground", "val")),
     "a csv about something else": ("folder", {"labels.csv": "a,b\n1,2\n", "tea/1.jpg": "*"}, ("tea", "")),
     "json and yaml about something else": ("folder", {"settings.json": '{"images": 3}', "ci.yaml": "names: 1", "notes.xml": "<note/>", "tea/1.jpg": "*"}, ("tea", "")),
 }

@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from cvops_wb.core.errors import BadInput, WrongUsage
+from cvops_wb.data import read_runs
 from cvops_wb.learn.exporting import check_parity, open_session, run_session, to_onnx
 from cvops_wb.learn.fitting import fit
 from cvops_wb.learn.learners import LEARNERS, LearnSpec
@@ -18,7 +19,6 @@ from cvops_wb.learn.networks import build_network, heatmap
 from cvops_wb.learn.tasks import TASKS, check_labels, choose_task
 from cvops_wb.learn.tasks.boxes import average_precision, match_class
 from cvops_wb.learn.tasks.detection import measure, to_image
-from cvops_wb.learn.tasks.segmentation import read_runs
 
 SIDE, CLASSES = 64, ["block", "disc"]
 

@@ -13,7 +13,7 @@ _rooms = {
     "ingest": "intake", "IngestSpec": "intake", "fingerprint_source": "intake", "draw_classes": "intake", "draw_samples": "intake", "draw_rejected": "intake",
     "list_warnings": "intake",
     "watch_inbox": "inbox", "watch_stream": "inbox", "is_stream": "inbox", "report_rejected": "inbox", "WatchSpec": "inbox",
-    "export_samples": "formats",
+    "export_samples": "formats", "read_runs": "formats", "draw_objects": "formats",
     "curate": "curation", "CurateSpec": "curation", "draw_splits": "curation", "draw_duplicates": "curation", "draw_quality": "curation",
     "find_before": "splits", "GOOD": "splits", "are_good": "splits", "report_leaks": "looks", "index_suspects": "looks", "index_errors": "looks",
     "take_back": "looks", "pile_up": "looks", "PileSpec": "looks", "Sheets": "looks", "name_piles": "looks",

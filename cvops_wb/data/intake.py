@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PATIENCE', 'IngestSpec', 'look_at', 'take_in', 'count_threads', 'draw_classes', 'list_warnings',
-           'draw_samples', 'draw_rejected', 'ingest', 'thin_out', 'fingerprint_source']
+           'draw_samples', 'draw_rejected', 'list_oddities', 'ingest', 'thin_out', 'fingerprint_source']
 
 # %% ../../nbs/api/data/03_intake.ipynb #5569413b
 import hashlib
@@ -17,6 +17,7 @@ from pathlib import Path
 from stat import S_ISREG
 from time import monotonic
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from ..core.progress import show_progress
 from ..core.records import Batch
 from ..core.settings import Settings, load_settings
 from .formats import Item, Listing, explain_source, find_format
-from .formats.objects import count_classes
+from .formats.objects import count_classes, list_object_classes, parse_objects
 from .images import ImageFacts, decode_image
 from .inspectors import MANY, open_inspection
 from .splits import are_good
@@ -55,7 +56,7 @@ def look_at(
     inspect: Callable[[bytes], tuple[ImageFacts, np.ndarray]],  # of `open_inspection`
 ) -> Arrival:
     "Read, hash, inspect and stage one file; what is wrong with it is in the arrival, not raised."
-    arrival = Arrival(item.name, label=item.label, labeled_by=labeled_by if item.label else "", given_split=item.given_split, objects=item.objects)
+    arrival = Arrival(item.name, label=normalize("NFC", item.label), labeled_by=labeled_by if item.label else "", given_split=item.given_split, objects=item.objects)
     if item.path is None: return replace(arrival, reason=item.problem, detail=item.detail)
     try: data = _read(item.path, settings.data.max_bytes)
     except BadImage as e: return replace(arrival, reason=e.reason, detail=e.what, size=e.got)
@@ -163,6 +164,37 @@ def draw_rejected(batch: Batch) -> pd.DataFrame:
     path = locate(str(Path(batch.samples).with_name("rejected.parquet")))
     return pd.read_parquet(path)[["name", "reason", "detail", "size"]]
 
+# %% ../../nbs/api/data/03_intake.ipynb #476e1212
+_CONFLICTS = {"label_conflict": "came under more than one label: curate sets them aside", "object_conflict": "came with different objects: the first are kept", "split_conflict": "stand in more than one split: in train if that is one of them"}
+
+def list_oddities(table: pd.DataFrame) -> list[str]:
+    "What a person should know of the labels in a sample table, beyond how many there are."
+    tags = Counter(tag for found in table["tags"] for tag in found)
+    conflicts = [f"{_count_images(tags[tag])} {what}" for tag, what in _CONFLICTS.items() if tags[tag]]
+    return [*_tell_twins(table), *_tell_unseen(table), *conflicts, *_tell_strays(table)]
+
+def _count_images(count: int) -> str: return f"{count:,} image{'s' if count > 1 else ''}"
+
+def _tell_twins(table: pd.DataFrame) -> Iterator[str]:
+    alike: dict[str, set[str]] = {}
+    for name in (set(table["label"]) | list_object_classes(table["objects"])) - {""}: alike.setdefault("".join(c for c in name.casefold() if c.isalnum()) or name, set()).add(name)
+    twins = [" and ".join(map(repr, sorted(names))) for names in alike.values() if len(names) > 1]
+    if twins: yield f"classes that differ only in capitals, spaces or signs: {'; '.join(sorted(twins)[:5])}"
+
+def _tell_unseen(table: pd.DataFrame) -> Iterator[str]:
+    found = {split: (set(rows["label"]) | list_object_classes(rows["objects"])) - {""} for split, rows in table.groupby("given_split") if split}
+    for split in sorted(found.keys() - {"train"}):
+        if found.get("train") and (unseen := found[split] - found["train"]) and not are_good(found["train"]): yield f"in {split} but not in train, so that nothing can learn them: {', '.join(sorted(unseen)[:8])}"
+
+def _tell_strays(table: pd.DataFrame) -> Iterator[str]:
+    rows = [(parse_objects(row.objects), row.width, row.height) for row in table.itertuples() if '"box"' in row.objects and '"counts"' not in row.objects]
+    strays = sum(any(_is_stray(each["box"], width, height) for each in objects) for objects, width, height in rows)
+    if strays: yield f"{_count_images(strays)} with boxes that have no area, or reach out of the image"
+
+def _is_stray(box: list[float], width: int, height: int) -> bool:
+    left, top, wide, high = box
+    return wide*high <= 0 or left < -1 or top < -1 or left + wide > width + 1 or top + high > height + 1
+
 # %% ../../nbs/api/data/03_intake.ipynb #3fcdd70d
 def ingest(
     source: str,        # a folder, or `synth`
@@ -184,7 +216,7 @@ def ingest(
     write_samples(table, out/"samples.parquet")
     _write_rejected(rejected, out/"rejected.parquet")
     classes = count_classes(table["label"], table["objects"])
-    batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"), dict(listing.skipped), list(listing.notes))
+    batch = Batch(source, name, name_final(out/"samples.parquet", settings.root), len(table), new, len(rejected), classes, hash_file(out/"samples.parquet"), dict(listing.skipped), [*listing.notes, *list_oddities(table)])
     write_picture(out/"classes.png", draw_classes(batch))
     write_picture(out/"samples.png", draw_samples(batch, table=table))
     return batch

@@ -161,7 +161,7 @@ def demo(
 @app.command(rich_help_panel=LOOP)
 def ingest(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A folder, a data set, an archive, s3://…, or `synth` for the synthetic warehouse.")] = "",
-    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, boxes, coco, yolo, voc, fiftyone, csv, parquet, archive, remote, synth.")] = None,
+    format: Annotated[str | None, typer.Option(help="How to read it: auto, folder, lists, boxes, coco, yolo, voc, masks, fiftyone, csv, parquet, archive, remote, synth.")] = None,
     label: Annotated[str | None, typer.Option(help="Which label column, where there are several.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many files.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="SRC is a camera inbox (a sub-folder a camera), rtsp://…, a USB camera's number or a video; until Ctrl-C.")] = False,
@@ -176,7 +176,7 @@ def ingest(
     cvops ingest grocery --label coarse
     cvops ingest inbox/ --watch         photographs as they become whole, until Ctrl-C
     cvops ingest --rejected             what was set aside, and why
-    cvops ingest coco.zip               COCO, YOLO, VOC, FiftyOne, CSV, in a folder or packed
+    cvops ingest coco.zip               COCO, YOLO, VOC, masks, FiftyOne, CSV, in a folder or packed
     """
     if rejected:
         from cvops_wb.data import report_rejected
@@ -428,7 +428,7 @@ def synth(
 @app.command(rich_help_panel=LOOK)
 def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="A new folder.")],
-    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, fiftyone, csv.")] = "folder",
+    format: Annotated[str, typer.Option(help="folder, coco, yolo, voc, masks, fiftyone, csv.")] = "folder",
     snapshot: Annotated[str, typer.Option(help="A snapshot's id; else the newest.")] = "",
     all: Annotated[bool, typer.Option("--all", help="With the samples that were set aside.")] = False,
     json: Json = False, dry_run: Dry = False,

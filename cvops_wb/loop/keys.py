@@ -209,14 +209,16 @@ def sign_path(path: Path) -> str:
     "A hash of names, sizes and times of a file, or of all files in a folder: changed files are noticed without reading them."
     return hash_value(sorted(_list_files(path, "")))
 
-def _list_files(path: Path, name: str) -> Iterator[list]:
-    if not path.is_dir():
-        if path.exists(): yield [name, path.stat().st_size, path.stat().st_mtime_ns]
-        return
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if entry.is_dir(): yield from _list_files(Path(entry.path), f"{name}/{entry.name}")
-            elif entry.is_file(): yield [f"{name}/{entry.name}", entry.stat().st_size, entry.stat().st_mtime_ns]
+def _list_files(path: Path, name: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[list]:
+    try: here, entries = path.stat(), list(os.scandir(path)) if path.is_dir() else None
+    except OSError: return      # a link to nowhere or in a circle, a folder that cannot be opened: the stage says so
+    if entries is None: yield [name, here.st_size, here.st_mtime_ns]
+    elif (place := (here.st_dev, here.st_ino)) not in above:
+        for entry in entries: yield from _list_entry(entry, f"{name}/{entry.name}", (*above, place))
+
+def _list_entry(entry: os.DirEntry, name: str, above: tuple[tuple[int, int], ...]) -> Iterator[list]:
+    if not entry.is_file(follow_symlinks=False): yield from _list_files(Path(entry.path), name, above) if entry.is_dir(follow_symlinks=False) or entry.is_symlink() else ()
+    else: yield [name, entry.stat().st_size, entry.stat().st_mtime_ns]
 
 # %% ../../nbs/api/loop/02_keys.ipynb #d12ce41c
 HOW = {"new", "dvc", "parent", "message", "pushed", "seconds", "tracking", "ready_s"}

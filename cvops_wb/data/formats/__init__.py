@@ -19,6 +19,7 @@ from ...core.files import join_within
 from ...core.kinds import SUFFIXES
 from ...core.records import Snapshot
 from ...core.registries import Registry
+from .runs import draw_objects, read_runs      # noqa: F401 - for other wings
 
 if TYPE_CHECKING: from cvops_wb.data.formats.exporting import Exported
 
@@ -166,7 +167,8 @@ def explain_source(source: str) -> BadInput:
     if path.is_file(): return BadInput("a file of this kind is not read", got=source, fix=f"give {ways}" + (f"; perhaps {path.parent}" if is_image_name(path.name) else ""))
     if not os.access(path, os.R_OK | os.X_OK): return BadInput("the folder cannot be opened", got=source, fix=f"chmod u+rx {source}")
     if not any(path.iterdir()): return BadInput("the folder is empty", got=source, fix=f"put images into it, or give {ways}")
-    return BadInput("there is no image in the folder", got=f"{source}, with {_count(path)}", fix=f"give {ways}; images are {', '.join(sorted(IMAGES))}")
+    packed = sorted(file.name for file in path.iterdir() if file.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar"))
+    return BadInput("there is no image in the folder", got=f"{source}, with {_count(path)}", fix=(f"unpack {packed[0]} and give that; or " if packed else "") + f"give {ways}; images are {', '.join(sorted(IMAGES))}")
 
 def _near(path: Path) -> str:
     from difflib import get_close_matches
@@ -182,7 +184,7 @@ def _count(path: Path) -> str:
 def export_samples(
     snapshot: Snapshot,     # from `find_snapshot`
     out: Path | str,        # a new folder
-    format: str,            # folder, coco, yolo, voc, fiftyone, csv
+    format: str,            # folder, coco, yolo, voc, masks, fiftyone, csv
     aside: bool = False,    # with the samples that were set aside
 ) -> "Exported":
     "Write a snapshot's images, labels, objects and splits; `BadInput` if there is something in the folder already."

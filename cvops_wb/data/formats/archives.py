@@ -50,6 +50,7 @@ def unpack(
     try:
         for name, kind, opener in _list_entries(source):
             if kind != "file": skipped[kind] += kind != "folder"; continue
+            if join_within(folder, name).is_file(): skipped["second of its name"] += 1; continue
             count += 1
             if count > caps.files: raise _too_much(source, f"more than {caps.files:,} files")
             total += _write(name, opener, folder, min(caps.one, caps.bytes - total, max(int(packed*caps.ratio), _FREE) - total), source)
@@ -65,7 +66,11 @@ def _list_entries(source: Path) -> Iterator[Entry]:
             for entry in file.infolist(): yield entry.filename, _judge_zip(entry), lambda entry=entry: file.open(entry)
     else:
         with tarfile.open(source, "r:*") as file:
-            for entry in file: yield entry.name, "file" if entry.isreg() and not entry.issparse() else "folder" if entry.isdir() else "link or device", lambda entry=entry: file.extractfile(entry)
+            for entry in file: yield entry.name, _judge_tar(entry), lambda entry=entry: file.extractfile(entry)
+
+def _judge_tar(entry: tarfile.TarInfo) -> str:
+    if entry.isdir(): return "folder"
+    return "link or device" if not entry.isreg() else "sparse file" if entry.issparse() else "file"
 
 def _judge_zip(entry: zipfile.ZipInfo) -> str:
     mode = entry.external_attr >> 16

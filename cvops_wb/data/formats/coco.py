@@ -8,7 +8,7 @@ __all__ = ['find_instances', 'list_stats', 'Coco']
 # %% ../../../nbs/api/data/formats/10_coco.ipynb #3af07c55
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,11 @@ class Coco:
         "One item an image of every file; objects with boxes, polygons and attributes."
         root, files = find_instances(source)
         if not files: raise BadInput("there is no COCO file here", got=source, fix="give a folder with annotations/instances_train.json, or the file itself")
-        items = [item for file in files for item in _read_file(root, file)]
+        orphans: Counter = Counter()
+        items = [item for file in files for item in _read_file(root, file, orphans)]
+        notes = tuple(f"{count:,} annotations of {name} belong to no image there" for name, count in orphans.items())
         unread = count_unread(root, items, files) if Path(source).expanduser().is_dir() else {}     # a file given alone may lie in a home folder
-        return Listing(sorted(items, key=lambda item: item.name), "coco", unread)
+        return Listing(sorted(items, key=lambda item: item.name), "coco", unread, notes)
 
     @staticmethod
     def fingerprint(source: str) -> list[Any]:
@@ -85,7 +87,7 @@ class Coco:
         return [sample.save(root, f"images/{sample.split}") for sample in samples]
 
 # %% ../../../nbs/api/data/formats/10_coco.ipynb #13dbe02a
-def _read_file(root: Path, path: Path) -> Iterator[Item]:
+def _read_file(root: Path, path: Path, orphans: Counter | None = None) -> Iterator[Item]:
     value, split = parse_json(path), _find_split(path.relative_to(root))
     try:
         names = {category["id"]: str(category["name"]) for category in value.get("categories") or []}
@@ -93,13 +95,14 @@ def _read_file(root: Path, path: Path) -> Iterator[Item]:
         for annotation in value.get("annotations") or []: annotations[annotation["image_id"]].append(annotation)
         here, suffix = path.parent.relative_to(root).as_posix(), path.stem.partition("_")[2]
         folders = (f"images/{suffix}", suffix, "images", "data", here, "")
-        for image in images: yield _read_image(root, image, annotations[image["id"]], names, split, folders)
+        for image in images: yield _read_image(root, image, annotations.pop(image["id"], []), names, split, folders)
+        if annotations and orphans is not None: orphans[path.name] += sum(map(len, annotations.values()))
     except (KeyError, TypeError, ValueError) as e: raise BadInput("a COCO file is damaged", got=f"{path}: {e!r}", fix="write it again") from e
 
 def _read_image(root: Path, image: dict[str, Any], annotations: list[dict[str, Any]], names: dict[Any, str], split: str, folders: tuple[str, ...]) -> Item:
     name, given = image.get("file_name"), image.get("label")
     try: text = dump_objects(objects := [_read_object(annotation, names) for annotation in annotations])
-    except BadAnnotation as e: return Item(clean_name(str(name)), None, problem="bad_annotation", detail=f"{e.what}: {e.got}")
+    except BadAnnotation as e: return Item(place_item(root, name, folders).name, None, problem="bad_annotation", detail=f"{e.what}: {e.got}")
     chosen = clean_name(given) if isinstance(given, str) else choose_label(objects)
     return place_item(root, name, folders, label=chosen, given_split=split, objects=text)
 

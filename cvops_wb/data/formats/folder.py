@@ -17,6 +17,7 @@ from . import SPLITS, Item, Listing, formats, walk_images
 
 # %% ../../../nbs/api/data/formats/01_folder.ipynb #266af47c
 WAYS = ("auto", "leaf", "top", "path", "none")
+_PLAIN = frozenset({"images", "image", "imgs", "img", "photos", "pictures", "pics", "jpegimages", "frames", "data", "files", "dataset", "raw"})    # one such folder alone says nothing
 
 def assign_labels(
     items: list[Item],      # from `walk_images`
@@ -58,7 +59,10 @@ class Folder:
         "Every image below the folder, labelled by where it lies."
         skipped: Counter = Counter()
         items = sorted(walk_images(Path(source).expanduser(), skipped), key=lambda item: item.name)
-        return Listing(assign_labels(items, label), "folder", dict(skipped))
+        items = assign_labels(items, label)
+        alone = "" if label or len(names := {item.label for item in items}) != 1 else names.pop()
+        if alone.lower() not in _PLAIN: return Listing(items, "folder", dict(skipped))
+        return Listing([replace(item, label="") for item in items], "folder", dict(skipped), (f"the folder {alone!r} was not taken as a class; --label leaf takes it",))
 
     @staticmethod
     def write(samples: list[Any], root: Path) -> list[str]:

@@ -16,7 +16,7 @@ from .documents import find_document, list_documents
 
 # %% ../../../nbs/api/data/formats/02_lists.ipynb #4f164050
 COLUMNS = {0: (), 1: ("label",), 2: ("fine", "coarse")}     # labels on a line → their names
-_LINE = re.compile(rf"(.+?(?:{'|'.join(re.escape(ext) for ext in sorted(IMAGES | OTHER_IMAGES))}))\s*(?:,(.*))?$", re.IGNORECASE)
+_LINE = re.compile(rf"(.+?(?:{'|'.join(re.escape(ext) for ext in sorted(IMAGES | OTHER_IMAGES))}))(?:\s*,(.*)|\s+([^\s.]+))?\s*$", re.IGNORECASE)
 
 def read_list(
     path: Path,     # train.txt, …
@@ -28,7 +28,7 @@ def read_list(
 
 def _parse_line(line: str, path: Path, number: int) -> tuple[str, tuple[str, ...]]:
     match = _LINE.match(line)
-    labels = tuple(part.strip() for part in match[2].split(",")) if match and match[2] else ()
+    labels = () if not match else (match[3],) if match[3] else tuple(part.strip() for part in match[2].split(",")) if match[2] else ()
     if match and len(labels) in COLUMNS: return match[1], labels
     raise BadInput("a line of a list is not `path, label` or `path, fine, coarse`", got=f"{path.name}:{number}: {line[:120]!r}", fix="correct the line, or take it out")
 

@@ -43,9 +43,9 @@ def _list_beside(root: Path) -> list[Path]:
     folders = sorted({PurePosixPath(item.name).parent.as_posix() for item in walk_images(root)})
     return [path for folder in folders for path in list_documents(root, "" if folder == "." else folder, (".xml",))]
 
-def read_splits(root: Path) -> dict[str, str]:
-    "Stem of an image → its split, from `ImageSets/Main`."
-    lists = [(split, find_document(root, f"ImageSets/Main/{name}.txt")) for name, split in SPLITS.items()]
+def read_splits(root: Path, folder: str = "Main") -> dict[str, str]:
+    "Stem of an image → its split, from a folder of `ImageSets`."
+    lists = [(split, find_document(root, f"ImageSets/{folder}/{name}.txt")) for name, split in SPLITS.items()]
     return {line.split()[0]: split for split, path in lists if path for line in read_document(path).splitlines() if line.strip()}
 
 # %% ../../../nbs/api/data/formats/12_voc.ipynb #e31277dc
@@ -92,7 +92,7 @@ def _read_page(root: Path, path: Path, page: "Element | None", problem: str, spl
     here = path.parent.relative_to(root).as_posix()
     named, folders = (page.findtext("filename") or "" if page is not None else "").strip(), ("JPEGImages", here, "images", "", *SPLITS)
     item = place_item(root, named or path.stem, folders)
-    if not item.problem and not os.path.isfile(item.path): item = next(_find_stem(root, path.stem, folders), item)
+    if not item.problem and (PurePosixPath(item.name).stem != path.stem or not os.path.isfile(item.path)): item = next(_find_stem(root, path.stem, folders), item)     # a name in a file is copied and forgotten; its own is not
     split = splits.get(path.stem) or SPLITS.get(PurePosixPath(here).name.lower(), "")
     if item.problem: return item
     try: objects = [_read_object(node, first) for node in page.iter("object")] if page is not None else []

@@ -45,7 +45,7 @@ def list_folders(root: Path, description: dict[str, Any]) -> Iterator[tuple[str,
 
 def _find_entry(root: Path, base: str, entry: Any, split: str) -> str:
     if not isinstance(entry, str): raise BadInput("data.yaml names a split by something that is no path", got=repr(entry)[:200], fix="write train: images/train")
-    for way in (PurePosixPath(base, entry).as_posix(), PurePosixPath(base, entry.removeprefix("../")).as_posix()):
+    for way in (PurePosixPath(base, entry).as_posix(), PurePosixPath(base, entry.removeprefix("../")).as_posix(), bring_home(root, entry)):
         if _is_below(root, way): return way
     inside = entry.removeprefix("../")
     if split != "train" and ".." not in PurePosixPath(inside).parts and not inside.startswith("/"): return ""    # exporters name a test split that they do not have
