@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from cvops_wb.core.errors import BadInput, BadRecord
+from cvops_wb.watch.causes import name_column
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.verdicts import Watcher, explain
 from cvops_wb.watch.verdicts.bets import PARTS, Bettor, find_seats, make_table
@@ -64,6 +65,50 @@ def test_what_was_planted_is_seen_soon(change, rows):
         watcher.add(change(make_window(50, seed=50 + seen)))
         seen += 50
     assert watcher.drifted and seen <= rows
+
+
+def lose(window, *columns, share=.3):
+    "The window with some values of these columns lost."
+    lost = np.random.default_rng(len(window)).random(len(window)) < share
+    return window.assign(**{name: window[name].where(~lost, None if window[name].dtype == object else np.nan) for name in columns})
+
+
+def accused(watcher): return {lane.column for stream in watcher.streams.values() for lane, score in zip(watcher.ruler.lanes, stream.scores, strict=True) if score >= 1}
+
+
+@pytest.mark.parametrize("columns", [["brightness"], ["camera"], ["predicted"], ["confidence", "embedding"]])
+def test_what_is_missing_is_told_as_missing_and_not_as_a_change_of_the_column(columns):
+    watcher, rows = Watcher.learn(REFERENCE), []
+    for k in range(20):
+        rows.append(make_window(50, seed=800 + k) if k < 8 else lose(make_window(50, seed=800 + k), *columns))
+        watcher.add(rows[-1])
+    window = pd.concat(rows, ignore_index=True)
+    assert accused(watcher) == {"missing"} and watcher.alarms == 1
+    cause = explain(watcher, REFERENCE, window, to_milliseconds(window["time"]))[0]
+    assert cause.view == "schema" and all(f"{name_column(name)} missing in " in cause.words for name in columns) and "was 0 %" in cause.words
+    lost = window[columns[0]].isna() if columns[0] != "embedding" else window["embedding"].map(lambda v: v is None)
+    assert np.isin(cause.samples, window.loc[lost, "id"]).mean() >= .95
+    for k in range(12): watcher.add(make_window(50, seed=900 + k))      # written down again
+    assert not watcher.drifted
+
+
+def test_what_was_always_missing_is_no_news_and_a_change_beside_it_is_still_seen():
+    reference = lose(make_window(900, seed=77), "brightness", "predicted", share=.4)
+    watcher = Watcher.learn(reference)
+    for k in range(30): watcher.add(lose(make_window(50, seed=1100 + k), "brightness", "predicted", share=.4))
+    assert not watcher.drifted
+    for k in range(6): watcher.add(lose(make_window(50, seed=1200 + k).assign(brightness=lambda w: w["brightness"]*.7), "brightness", "predicted", share=.4))
+    assert accused(watcher) == {"brightness"}
+
+
+def test_missing_values_that_rank_above_all_others_would_accuse_the_column(monkeypatch):
+    # the planted bug: a value that is not there counts as the brightest of all
+    from cvops_wb.watch.verdicts import scores
+    place = scores.place_values
+    monkeypatch.setattr(scores, "place_values", lambda values, edges: np.minimum(place(values, edges), CELLS - 2))
+    watcher = Watcher.learn(REFERENCE)
+    for k in range(16): watcher.add(lose(make_window(50, seed=800 + k), "brightness"))
+    assert "brightness" in accused(watcher)
 
 
 SHARES = np.random.default_rng(9).dirichlet(np.full(36, 2.))

@@ -26,6 +26,7 @@ from .causes import describe_columns, name_column, rank_columns, say_verdict
 from .accuracy import judge_damage
 from .drift import list_columns
 from .verdicts import DriftState, Watcher, look, render_sheet, shrink
+from .verdicts.sheets import SIGN, say_state
 
 # %% ../../nbs/api/watch/04_monitoring.ipynb #3313e445
 def read_reference(
@@ -119,7 +120,7 @@ def monitor(
     write_table(out/"columns.parquet", pd.DataFrame([{"column": name, **columns[name]} for name in rank_columns(columns)]))
     write_sheet(out/"drift.html", state, window, f"{bento.model_name} {bento.version}")
     page = out/"evidently.html"
-    if spec.report: _write_peers(reference, window, page, f"{bento.model_name} {bento.version}: {say_verdict(state.drifted, columns)}")
+    if spec.report: _write_peers(reference, window, page, f"{bento.model_name} {bento.version}: {say_state(state)}")
     judge_damage(round_.keep(name_final(out/"drift.html")), measure_accuracy(reference), log)
     return tell_window(log, state, columns, window, name_final(page if spec.report else out/"columns.parquet"), name_final(out/"drift.html"))
 
@@ -146,7 +147,7 @@ def write_sheet(path: Path, state: DriftState, window: pd.DataFrame, title: str 
         try: photos[sample] = shrink(read_blob(sample))
         except (CvopsError, OSError): continue      # not kept, or not readable any more: the page says so
     state = replace(state, causes=tuple(replace(c, samples=tuple(sorted(c.samples, key=lambda s: s not in photos))) for c in state.causes))  # those that can be seen
-    captions = {row.id: f"{row.camera or ''} {str(row.time)[11:19]} {row.predicted or ''}" for row in window.itertuples()}
+    captions = {row.id: SIGN.join(filter(None, (row.camera, row.predicted, str(row.time)[11:19]))) for row in window.itertuples()}
     return write_atomic(path, render_sheet(state, photos, captions, title), durable=False)
 
 def _write_peers(reference: pd.DataFrame, window: pd.DataFrame, page: Path, title: str) -> None:

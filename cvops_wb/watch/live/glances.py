@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PERIODS', 'STRETCHES', 'LINE', 'Traffic', 'read_traffic', 'tell_cameras', 'Service', 'parse_metrics', 'ask_service',
-           'Glance', 'open_counts', 'take_photos', 'read_estimates', 'find_log', 'count_log', 'read_glance']
+           'Glance', 'open_counts', 'take_photos', 'read_estimates', 'list_checks', 'find_log', 'count_log',
+           'read_glance']
 
 # %% ../../../nbs/api/watch/live/02_glances.ipynb #fd65703c
 import json
@@ -125,8 +126,15 @@ class Glance:
     drift: DriftState | None = None
     photos: dict[str, bytes] = field(default_factory=dict)      # sample → small JPEG
     estimates: tuple[Estimate, ...] = ()    # oldest first
+    checks: tuple[Estimate, ...] = ()       # spot checks of the version, oldest first
     training: tuple[Step, ...] = ()     # train, evaluate, register, package
     problems: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> Estimate | None:
+        "What is known best: the last look's word, or that of people who were asked after it."
+        if not self.drift: return self.checks[-1] if self.checks else None
+        return self.checks[-1] if self.checks and self.checks[-1] not in self.drift.checks else self.drift.accuracy
 
 @lru_cache(16)
 def open_counts(log: str, cache: str) -> Aggregates:
@@ -155,6 +163,11 @@ def read_estimates(settings: Settings, most: int = 60) -> tuple[Estimate, ...]:
     return tuple(sorted(found, key=lambda estimate: to_seconds(estimate.time) or 0.))
 
 # %% ../../../nbs/api/watch/live/02_glances.ipynb #glance02
+def list_checks(drift: DriftState, settings: Settings) -> tuple[Estimate, ...]:
+    "The spot checks of a version, oldest first: those that a look has seen, and those since."
+    from cvops_wb.watch.accuracy import read_checks
+    return tuple(dict.fromkeys((*drift.checks, *read_checks(drift.version, settings))))
+
 def find_log(settings: Settings) -> Path:
     "The live log; the newest rehearsal's where nobody has asked yet."
     live = settings.store/"predictions"
@@ -188,6 +201,7 @@ def read_glance(
     attempt("service", lambda: ask_service(settings))
     attempt("drift", lambda: read_drift_state(settings=settings))
     attempt("estimates", lambda: read_estimates(settings))
+    attempt("checks", lambda: list_checks(parts["drift"], settings) if parts.get("drift") else ())
     attempt("training", lambda: tuple(s for s in read_steps(settings)[0] if s.stage in ("train", "evaluate", "register", "package") and s.made))
     photos = {s: p for cause in (parts["drift"].causes[:4] if parts.get("drift") else ()) for s, p in take_photos(cause.samples, settings)}
     known = tuple(sorted({c for c in counts.read(since, until)["camera"].unique() if c} | {c for c in (camera,) if c}))

@@ -21,12 +21,12 @@ ADVICE = {      # columns: at one camera, at all
     ("predicted",): ("see whether other goods lie before {camera}; if not, the answers are wrong", "see whether other goods come in; if not, the answers are wrong"),
     ("confidence", "entropy_of_scores"): ("ask people whether the answers at {camera} are still right", "ask people whether the answers are still right"),
     ("embedding",): ("look at the images of {camera}: something new, or a changed picture", f"look at the images: a new product or package? If they show the usual, something changes them before the model: {LOOK}"),
+    ("missing",): ("see what {camera} leaves out of its requests, and whether the service was replaced by another version", "see what callers leave out of their requests, and whether the service was replaced by another version"),
     ("camera",): ("see that {camera} is meant to be in use", "see which cameras send, and which have stopped"),
 }
 
 def advise(cause: Cause) -> str:
     "The first thing to do."
-    if " missing in " in cause.words: return f"see why the service does not write down {cause.column} any more: was it replaced by another version?"
     at_one, at_all = next((said for columns, said in ADVICE.items() if cause.column in columns), ("look at the images", "look at the images"))
     return at_one.format(camera=cause.camera) if cause.camera else at_all
 

@@ -68,14 +68,15 @@ def reserve(block: np.ndarray | int) -> np.ndarray:
 
 # %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #692ed09f
 def rank_rows(bag: np.ndarray, cells: np.ndarray, ties: np.ndarray) -> np.ndarray:
-    "The rank of each row (n, L) among the bag (L, CELLS) and the rows before it, in (0, 1); the bag takes them up."
-    lanes, count = np.arange(cells.shape[1]), bag[0].sum()
+    "The rank of each row (n, L) among the bag (L, CELLS) and the rows before it, in (0, 1); the bag takes them up. A missing value has any rank, and is none for others."
+    lanes, known = np.arange(cells.shape[1]), cells < bag.shape[1] - 1
+    count = bag[:, :-1].sum(1) + np.cumsum(known, 0) - known
     below = np.cumsum(bag, 1)[lanes, cells] - (same := bag[lanes, cells])
     before = np.tri(len(cells), k=-1, dtype=bool)[:, :, None]
     below = below + ((cells[None] < cells[:, None]) & before).sum(1)
     same = same + ((cells[None] == cells[:, None]) & before).sum(1)
     np.add.at(bag, (lanes[None], cells), 1)
-    return (below + ties*(same + 1))/(count + 1 + np.arange(len(cells)))[:, None]
+    return np.where(known, (below + ties*(same + 1))/(count + 1), ties)
 
 # %% ../../../nbs/api/watch/verdicts/02_bets.ipynb #e4e4f373
 @dataclass

@@ -12,20 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..causes import say_change
+from ..causes import say_change, say_missing
 from .scans import weigh_categories
-from .scores import Lane
+from ..drift import is_missing
+from .scores import MISSING, Lane
 from .states import Cause
 from .watchers import Stream, Watcher, count_cells, measure_gap
 
 # %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #8f66adde
 def weigh_rows(stream: Stream, cells: np.ndarray, lane: int) -> np.ndarray:
     "What each row (N, L) adds to a lane's evidence, as a logarithm, (N,)."
-    home, column = stream.home[lane], cells[:, lane]
-    count = max(home.sum(), 1)
-    rank = (np.cumsum(home)[column] - home[column]/2 + .5)/(count + 1)
+    home, column = stream.home[lane][:-1], cells[:, lane]
     bet = stream.bettor.list_bets(lane)[:, int(stream.bettor.climbs[lane].argmax())]
-    return bet[np.minimum((rank*len(bet)).astype(int), len(bet) - 1)]
+    ends = np.stack([np.cumsum(home) - home, np.cumsum(home) + 1])/(home.sum() + 1)*len(bet)
+    sums = np.interp(ends, np.arange(len(bet) + 1), np.concatenate([[0.], np.cumsum(bet, dtype=float)]))
+    return np.append((sums[1] - sums[0])/(ends[1] - ends[0]), 0.)[column]
 
 @dataclass
 class Suspicion:
@@ -58,6 +59,7 @@ def list_suspicions(watcher: Watcher, rows: pd.DataFrame, times: np.ndarray) -> 
 
 def rises(cells: np.ndarray, home: np.ndarray) -> bool:
     "Whether rows (N,) lie higher than the healthy ones, of which there are `home` (CELLS,) in each cell."
+    cells, home = cells[cells < len(home) - 1], home[:-1]
     return not len(cells) or float(cells.mean()) >= float(home@np.arange(len(home))/max(home.sum(), 1))
 
 def find_first(parts: np.ndarray) -> int:
@@ -86,8 +88,7 @@ def take_numbers(rows: pd.DataFrame, column: str) -> np.ndarray:
 def tell_number(column: str, reference: pd.DataFrame, rows: pd.DataFrame) -> tuple[str, float | None]:
     "What a number did in words, and the relative change of its middle."
     sides = [take_numbers(side, column) for side in (reference, rows)]
-    missing = 1 - len(sides[1])/max(len(rows), 1)
-    if missing - (1 - len(sides[0])/max(len(reference), 1)) > .05 or not all(map(len, sides)): return f"{column} missing in {missing:.0%}".replace("%", " %"), None
+    if not all(map(len, sides)): return f"{column} has no values", None
     (before, now), up_down = (float(np.median(side)) for side in sides), WORDS.get(column, (f"{column} higher", f"{column} lower"))
     change = (now - before)/abs(before) if before else 0.
     wide = [float(np.subtract(*np.quantile(side, (.9, .1)))) for side in sides]
@@ -105,25 +106,28 @@ def tell_edge(column: str, before: np.ndarray, now: np.ndarray) -> str:
     best = int(grown.argmax())
     if grown[best] > .05: return f"{column} {values[best]:g} in {counts[best]/len(now):.0%} of the images, was {(before == values[best]).mean():.0%}".replace("%", " %")
     low, high = np.quantile(before, (.1, .9))
-    below, above = float((now < low).mean()), float((now > high).mean())
-    return f"{WORDS.get(column, (f'{column} higher', f'{column} lower'))[below > above]} in {max(below, above):.0%} of the images, was 10 %".replace("%", " %").replace("  %", " %")
+    was, ends = ((float((side < low).mean()), float((side > high).mean())) for side in (before, now))
+    down = ends[0] - was[0] > ends[1] - was[1]
+    if ends[not down] < was[not down] + .02: return f"{column} distributed differently"
+    return f"{WORDS.get(column, (f'{column} higher', f'{column} lower'))[down]} in {ends[not down]:.0%} of the images, was {was[not down]:.0%}".replace("%", " %")
 
 def tell_lane(lane: Lane, reference: pd.DataFrame, rows: pd.DataFrame, up: bool = True) -> tuple[str, float | None]:
     "What a lane saw in words, and the relative change where it is a number's."
+    if lane.column == MISSING: return say_missing(reference, rows) or "other columns are missing", None
     if lane.column == "embedding": return LOOKS.get(lane.part, ("the images look different to the network",)*2)[not up], None
     if lane.column not in ("predicted", "camera"): return tell_number(lane.column, reference, rows)
     if lane.part == "rarity":
-        fresh = sorted({str(v) for v in rows[lane.column].dropna()} - {str(v) for v in reference[lane.column].dropna()})
+        fresh = sorted({str(v) for v in rows[lane.column].dropna()} - {str(v) for v in reference[lane.column].dropna()} - {""})
         unknown = f"{lane.column} {', '.join(map(repr, fresh[:3]))}, which the reference does not have"
         return unknown if fresh else tell_mix(lane.column, reference, rows), None
-    before, now = (float((side[lane.column].astype(str) == lane.part).mean()) for side in (reference, rows))
+    before, now = (float((side[lane.column][~is_missing(side[lane.column])].astype(str) == lane.part).mean()) for side in (reference, rows))
     words = f"{'more' if now > before else 'fewer'} {'answers' if lane.column == 'predicted' else 'images from'} {lane.part!r} ({now:.0%}, was {before:.0%})"
     return words.replace("%", " %"), round(now/before - 1, 4) if before else None
 
 # %% ../../../nbs/api/watch/verdicts/05_offenders.ipynb #sc000015
 def tell_mix(column: str, reference: pd.DataFrame, rows: pd.DataFrame) -> str:
     "Another mix of categories, by the two that rose most."
-    before, now = (side[column].dropna().astype(str).value_counts(normalize=True) for side in (reference, rows))
+    before, now = (side[column][~is_missing(side[column])].astype(str).value_counts(normalize=True) for side in (reference, rows))
     risen = now.sub(before, fill_value=0.).sort_values(ascending=False).index[:2]
     told = ", ".join(f"{name!r} {now.get(name, 0.):.0%} (was {before.get(name, 0.):.0%})" for name in risen)
     return f"another mix of {'answers' if column == 'predicted' else 'cameras'}: {told}".replace("%", " %")

@@ -104,9 +104,12 @@ class Scan:
 
     def _look(self, s: int, span: int, home: np.ndarray) -> None:
         self.looks[s] = self.looks[s, 0] + 1, self.rows
-        counts = np.stack([np.bincount(column, minlength=home.shape[1]) for column in self.newest[-span:].T])
-        bars = self.bars + np.log(len(SPANS)) - float(reserve(self.looks[s, 0]))
-        self.last[:, s] = measure_mix(counts, home, bars)/bars
+        counts = np.stack([np.bincount(column, minlength=home.shape[1])[:-1] for column in self.newest[-span:].T])
+        bars, home = self.bars + np.log(len(SPANS)) - float(reserve(self.looks[s, 0])), home[:, :-1]     # the last cell is of what is missing
+        sizes = list(zip(counts.sum(1).tolist(), home.sum(1).tolist()))
+        for size in dict.fromkeys(sizes):
+            mine = [j for j, other in enumerate(sizes) if other == size] if len(set(sizes)) > 1 else slice(None)
+            self.last[mine, s] = measure_mix(counts[mine], home[mine], bars[mine])/bars[mine] if all(size) else 0.
         for j in np.flatnonzero(self.last[:, s] > self.best[:, 0]): self.best[j] = self.last[j, s], self.rows - span, s
 
     @property
@@ -123,6 +126,6 @@ class Scan:
 # %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000013
 def weigh_categories(cells: np.ndarray, home: np.ndarray) -> np.ndarray:
     "What each row (N,) of the newest adds to the evidence of its lane, as a logarithm, (N,); `home` are the counts (CELLS,) of what is healthy."
-    counts = np.bincount(cells, minlength=len(home))
-    shares = (counts + .5)/(len(cells) + 1), (home + .5)/(home.sum() + 1)
-    return np.log(shares[0]/shares[1])[cells]
+    counts = np.bincount(cells, minlength=len(home))[:-1]
+    shares = (counts + .5)/(counts.sum() + 1), (home[:-1] + .5)/(home[:-1].sum() + 1)
+    return np.append(np.log(shares[0]/shares[1]), 0.)[cells]

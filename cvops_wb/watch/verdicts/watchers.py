@@ -43,9 +43,9 @@ def count_cells(cells: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(column, minlength=CELLS) for column in cells.T]) if len(cells) else np.zeros((cells.shape[1], CELLS), np.int64)
 
 def measure_gap(counts: np.ndarray, home: np.ndarray) -> np.ndarray:
-    "Kolmogorov's distance of two tables of counts, lane by lane, (L,)."
-    sides = [np.cumsum(table, 1)/max(table[0].sum(), 1) for table in (counts, home)]
-    return np.abs(sides[0] - sides[1]).max(1)
+    "Kolmogorov's distance of two tables of counts, lane by lane, (L,), of what is not missing."
+    sides = [np.cumsum(table[:, :-1], 1) for table in (counts, home)]
+    return np.abs(np.subtract(*(side/np.maximum(side[:, -1:], 1) for side in sides))).max(1)
 
 # %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #wa000002
 @dataclass
@@ -101,9 +101,9 @@ class Stream:
     def healthy(self) -> bool:
         "Whether the newest rows are as the reference in every lane that made an alarm."
         accused = self.won >= 1
-        gap = measure_gap(count_cells(self.newest), self.home)
-        limit = 1.95*np.sqrt(1/max(len(self.newest), 1) + 1/max(self.home[0].sum(), 1))    # Kolmogorov–Smirnov at 0.001
-        return len(self.newest) >= RECENT and bool((gap[accused] < limit).all()) and self.scan.healthy
+        sides = count_cells(self.newest), self.home
+        limit = 1.95*np.sqrt(sum(1/np.maximum(side[:, :-1].sum(1), 1) for side in sides))   # Kolmogorov–Smirnov at 0.001
+        return len(self.newest) >= RECENT and bool((measure_gap(*sides) < limit)[accused].all()) and self.scan.healthy
 
 # %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #40aa1836
 def split_reference(reference: pd.DataFrame, columns: list[str], seed: int = 0, most: int = 6000) -> tuple[Ruler, dict[str, np.ndarray]]:
@@ -180,7 +180,7 @@ class Watcher:
         if accused and not self.drifted:
             self.drifted, self.alarms = True, self.alarms + 1
             self.events.append({"event": "alarm", "row": self.rows, "time": time, "camera": accused[0]})
-        elif self.drifted and all(self.streams[camera].healthy for camera in accused):
+        elif self.drifted and self.rows - self.events[-1]["row"] >= RECENT and all(self.streams[camera].healthy for camera in accused):
             self.drifted = False
             self.events.append({"event": "healthy", "row": self.rows, "time": time, "camera": accused[0] if accused else ""})
             for camera in list(self.streams): self._renew(camera)
@@ -227,7 +227,7 @@ def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray
 def load_watcher(fresh: Watcher, plain: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Watcher:
     "The memory in a watcher of the same reference; `BadRecord` if it is of another."
     if plain["lanes"] != len(fresh.ruler.lanes) or plain["columns"] != fresh.columns:
-        raise BadRecord("the watcher's memory is of another reference", got=f"{plain['lanes']} lanes", fix="remove its folder: it begins anew")
+        raise BadRecord("the watcher's memory is of another reference, or of an older workbench", got=f"{plain['lanes']} lanes", fix="remove its folder: it begins anew")
     for name in ("rows", "alarms", "drifted", "events"): setattr(fresh, name, plain[name])
     for camera, kept in plain["streams"].items():
         mine = {name: arrays[f"{kept['place']}.{name}"] for name in (*ARRAYS, "bars", "home", "newest", "marks")}
