@@ -107,8 +107,8 @@ def watch(trouble, workbench, photos, strangers, most, folder):
 def judge(trouble, rows):
     "Alarms before the trouble, images until it was seen, the share of named images that are planted."
     def row(measure, ours, goal, met, note=""): return {"measure": f"{measure}, {trouble}", "ours": ours, "peer": None, "peer_name": "", "ratio": None, "goal": goal, "met": met, "runs": 1, "note": note}
-    early = sum(record["drifted"] for count, record, _ in rows if trouble == "healthy" or count <= HEALTHY)
-    found = [row("alarms while healthy", early, "0", early == 0)]
+    early = [record for count, record, _ in rows if record["drifted"] and (trouble == "healthy" or count <= HEALTHY)]
+    found = [row("alarms while healthy", len(early), "0", not early, "; ".join(record["causes"][0]["words"] for record in early if record["causes"]))]
     if trouble == "healthy": return found
     seen = [(count - HEALTHY, record, planted) for count, record, planted in rows if count > HEALTHY and record["drifted"]]
     if not seen: return [*found, row("images until it is seen", None, "300", False, "not seen")]

@@ -94,8 +94,9 @@ def take_in(
 ) -> tuple[list[Arrival], int]:
     "Every file of a listing, durable; and how many images were new."
     known, taken, new = set(store.read_all("select sha256 from samples").sha256), [], 0
-    with open_inspection(len(listing.items), settings) as inspect:
-        pool = ThreadPoolExecutor(workers or count_threads(len(listing.items)), thread_name_prefix="intake")
+    images = sum(item.path is not None for item in listing.items)
+    with open_inspection(images, settings) as inspect:
+        pool = ThreadPoolExecutor(workers or count_threads(images), thread_name_prefix="intake")
         try:
             looks = _run_ahead(pool, lambda item: look_at(store, item, listing.labeled_by, settings, known, inspect), listing.items, CHUNK)
             for chunk in _chunks(show_progress(looks, "ingest", total=len(listing.items))):
