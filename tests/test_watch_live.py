@@ -253,6 +253,7 @@ def test_the_first_picture_answers_and_hands_over(workbench, tmp_path):
         tab.select_option("#wb-preview select >> nth=1", label="west")
         tab.wait_for_function("document.querySelector('#wb-seen .tile strong').innerText === '300'", timeout=20_000)
         codes = tab.evaluate("Promise.all(['seen?period=8+days', 'seen?camera=%3Cb%3E', 'seen'].map(path => fetch(path).then(answer => answer.status)))")
+        tab.unroute("**/voila.js")      # what is asked for from here on goes through
         for route in held: route.continue_()
         tab.wait_for_function("!document.querySelector('#wb-preview') && document.querySelector('.wb-stand .tile strong')", timeout=60_000)
         return codes, tab.inner_text(".wb-stand .tile strong"), tab.evaluate("document.querySelectorAll('select')[1].value"), tab.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('plotly')).length")
