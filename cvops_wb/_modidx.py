@@ -3514,6 +3514,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cvops_wb.loop.runs.find_log': ('api/loop/runs.html#find_log', 'cvops_wb/loop/runs.py'),
                                     'cvops_wb.loop.runs.find_run': ('api/loop/runs.html#find_run', 'cvops_wb/loop/runs.py'),
                                     'cvops_wb.loop.runs.list_runs': ('api/loop/runs.html#list_runs', 'cvops_wb/loop/runs.py'),
+                                    'cvops_wb.loop.runs.make_newest': ('api/loop/runs.html#make_newest', 'cvops_wb/loop/runs.py'),
                                     'cvops_wb.loop.runs.name_record': ('api/loop/runs.html#name_record', 'cvops_wb/loop/runs.py'),
                                     'cvops_wb.loop.runs.open_run': ('api/loop/runs.html#open_run', 'cvops_wb/loop/runs.py')},
             'cvops_wb.loop.stages': { 'cvops_wb.loop.stages.BadParameter': ('api/loop/stages.html#badparameter', 'cvops_wb/loop/stages.py'),

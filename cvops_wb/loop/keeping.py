@@ -16,7 +16,7 @@ from ..core.records import Envelope, Snapshot
 from ..core.settings import Settings, load_settings
 from .cli import LOOK, Argument, Dry, Json, Option, app
 from .replies import Reply
-from .runs import list_runs
+from .runs import list_runs, make_newest
 
 # %% ../../nbs/api/loop/12_keeping.ipynb #bd9f7399
 @app.command(rich_help_panel=LOOK)
@@ -63,7 +63,7 @@ def adopt_snapshot(settings: Settings, snapshot: Snapshot) -> str:
     "See that the next stage starts from this snapshot; returns the run that stands for it."
     from cvops_wb.core.records import read_envelope
     found = [path for path in list_runs(settings, "snapshot") if read_envelope(path).record.id == snapshot.id]
-    if found: os.utime(found[0]/"record.json")
+    if found: make_newest(found[0])
     run = found[0].name if found else f"snapshot-{hash_value(['checkout', snapshot.id])[:10]}"
     if not found: write_atomic(settings.reports/run/"record.json", dump_json(Envelope(run, "snapshot", snapshot).to_dict()))
     return run

@@ -10,7 +10,6 @@ __all__ = ['SMALL', 'HIDDEN', 'Order', 'prepare_run', 'Outcome', 'find_intact', 
 # %% ../../nbs/api/loop/05_runner.ipynb #283a6120
 import errno
 import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from .engine import Brake, Cancelled, Task, run_notebook, write_page
 from .kernels import prepare_kernels
 from .kernels.watching import NOTE, WORD, clear_left
 from .keys import Key, identify, make_key
-from .runs import find_log, find_run
+from .runs import find_log, find_run, make_newest
 from .stages import Stage, check_parameters, find_stage
 
 # %% ../../nbs/api/loop/05_runner.ipynb #071c8421
@@ -137,7 +136,7 @@ def run_stage(
     with claimed(settings, order.run, wait):
         recover(settings.reports/order.run)
         found = None if force else find_intact(settings, order)
-        if found: os.utime(settings.reports/order.run/"record.json")    # the newest again
+        if found: make_newest(settings.reports/order.run)    # the newest again
         envelope = found or execute(settings, order, report, brake)
     return Outcome(envelope, found is not None, time.monotonic() - begin)
 
@@ -191,7 +190,7 @@ def finish_run(part: Path, final: Path, title: str) -> None:
     "Make the page, drop what was only for the run, and take the real name."
     write_page(part, title)
     for name in HIDDEN: _remove(part/name)
-    os.utime(part/"record.json")
+    make_newest(part)
     replace_folder(part, final)
 
 def replace_folder(part: Path, final: Path) -> None:
