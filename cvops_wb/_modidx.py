@@ -4260,6 +4260,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'cvops_wb/serve/rollouts/traffic.py'),
                                                  'cvops_wb.serve.rollouts.traffic.describe_traffic': ( 'api/serve/rollouts/traffic.html#describe_traffic',
                                                                                                        'cvops_wb/serve/rollouts/traffic.py'),
+                                                 'cvops_wb.serve.rollouts.traffic.load_twin': ( 'api/serve/rollouts/traffic.html#load_twin',
+                                                                                                'cvops_wb/serve/rollouts/traffic.py'),
                                                  'cvops_wb.serve.rollouts.traffic.tell_shortly': ( 'api/serve/rollouts/traffic.html#tell_shortly',
                                                                                                    'cvops_wb/serve/rollouts/traffic.py')},
             'cvops_wb.serve.service.answering': { 'cvops_wb.serve.service.answering.answer_caller': ( 'api/serve/service/answering.html#answer_caller',

@@ -216,6 +216,32 @@ def test_a_version_that_no_worker_can_load_is_rolled_back_and_the_next_rollout_i
     assert {traffic.choose(f"{k}").arm for k in range(500)} >= {CHALLENGER}
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_baseline_is_answered_by_a_second_copy_of_the_champion(tmp_path, broken):
+    # as seldom asked as the challenger, so as cold in every cache; the champion itself would be faster than its own twin
+    def load(arm):
+        if broken and arm.version == 1: raise BadModel("gone", got="1")
+        return Loaded(arm.version, arm.manifest_sha256, object())
+    own = Loaded(1, ARMS[0].manifest_sha256, object())
+    traffic = Traffic(tmp_path, own, load)
+    traffic.file.start(ARMS[0], ARMS[1], "r", (.25,))
+    traffic.look()
+    choices = [traffic.choose(f"{k}") for k in range(400)]
+    by = {arm: {(id(c.loaded.engine), c.loaded.version) for c in choices if c.arm == arm} for arm in (CHAMPION, BASELINE, CHALLENGER)}
+    assert all(len(found) == 1 for found in by.values()) and by[CHAMPION] == {(id(own.engine), 1)} and all(c.fallback is own for c in choices)
+    assert (by[BASELINE] == by[CHAMPION]) == broken and {version for _, version in by[BASELINE]} == {1}
+    before = traffic.routing.twin
+    assert traffic.file.renew("r")
+    traffic.look()
+    assert traffic.routing.twin is before    # loaded once
+    traffic.file.abort("enough")
+    traffic.look()
+    assert traffic.routing.twin is None and find_no_refusal(tmp_path)
+
+
+def find_no_refusal(folder): return not list(folder.rglob("refused/*"))
+
+
 @pytest.mark.parametrize("since, version", [("", 2), ("2020-01-01T00:00:00Z", 2), ("2999-01-01T00:00:00Z", 1)])
 def test_a_package_that_was_made_after_a_promotion_answers(tmp_path, since, version):
     file = RolloutFile(tmp_path)
