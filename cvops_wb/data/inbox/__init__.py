@@ -6,7 +6,6 @@
 __all__ = ['WatchSpec', 'Sweep', 'Inbox', 'Camera', 'watch_inbox']
 
 # %% ../../../nbs/api/data/inbox/00_init.ipynb #b7ac8eaa
-import os
 import shutil
 import sys
 from collections import defaultdict, deque
@@ -27,7 +26,7 @@ from ...core.files import human_size
 from ...core.settings import Settings, load_settings
 from ..formats import Item, walk_images
 from ..inspectors import open_inspection
-from ..intake import CHUNK, look_at
+from ..intake import CHUNK, count_threads, look_at
 from ..store import Arrival, Busy, Store, commit, open_writer
 
 # %% ../../../nbs/api/data/inbox/00_init.ipynb #0f197010
@@ -114,7 +113,7 @@ class Inbox:
 # %% ../../../nbs/api/data/inbox/00_init.ipynb #6a3f2d4b
 def _take(inbox: Inbox, ready: list[Item], now: float, sweep: Sweep, acknowledge: Callable) -> None:
     try:
-        with open_writer(inbox.settings) as store, open_inspection(len(ready), inbox.settings) as inspect, ThreadPoolExecutor(2*len(os.sched_getaffinity(0))) as pool:
+        with open_writer(inbox.settings) as store, open_inspection(len(ready), inbox.settings) as inspect, ThreadPoolExecutor(count_threads(len(ready))) as pool:
             known = inbox.remember(store)
             for chunk in _chunks(ready, CHUNK):
                 looked = list(pool.map(lambda item: _look(inbox, store, item, now, known, inspect), chunk))
