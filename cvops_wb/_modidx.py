@@ -5055,6 +5055,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'cvops_wb/watch/signals/boards.py'),
                                                'cvops_wb.watch.signals.boards._quantiles': ( 'api/watch/signals/boards.html#_quantiles',
                                                                                              'cvops_wb/watch/signals/boards.py'),
+                                               'cvops_wb.watch.signals.boards.drop_unset': ( 'api/watch/signals/boards.html#drop_unset',
+                                                                                             'cvops_wb/watch/signals/boards.py'),
                                                'cvops_wb.watch.signals.boards.list_queries': ( 'api/watch/signals/boards.html#list_queries',
                                                                                                'cvops_wb/watch/signals/boards.py'),
                                                'cvops_wb.watch.signals.boards.make_board': ( 'api/watch/signals/boards.html#make_board',

@@ -228,7 +228,7 @@ PAGE = """
 *{box-sizing:border-box}body{max-width:64rem;margin:2rem auto;padding:0 1rem;background:var(--paper);color:var(--ink);font:15px/1.55 system-ui,"DejaVu Sans",sans-serif}
 h1,h2,h3,p,li{overflow-wrap:anywhere}h1{font-size:1.9rem;line-height:1.2}h2{margin:2rem 0 .5rem;font-size:1.25rem}h3{margin:1.6rem 0 .3rem;font-size:1rem}a{color:var(--mark)}small,figcaption{color:var(--soft)}
 img{max-width:100%;height:auto;border-radius:4px}code,pre{padding:.15em .4em;border-radius:4px;background:var(--ground);font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}pre{padding:.5rem .8rem;white-space:pre-wrap}
-.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}td{max-width:34rem;overflow-wrap:anywhere}td img{max-width:none}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}td{max-width:34rem;overflow-wrap:break-word}td img{max-width:none}
 """
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
