@@ -256,6 +256,27 @@ def test_a_small_reference_costs_power_and_not_level(rows):
     assert accused == 0
 
 
+def serve_again(days=8, rows=500):
+    "How many days are accused on which the photographs of a small reference come again, in another order and from three cameras."
+    known, accused = make_window(300, seed=3), 0
+    for day in range(days):
+        served = known.sample(rows, replace=True, random_state=day, ignore_index=True)
+        watcher = Watcher.learn(known, served)
+        watcher.add(served.assign(time=make_window(rows, seed=day)["time"], camera=make_window(rows, seed=day)["camera"]))
+        accused += watcher.drifted
+    return accused
+
+
+def test_the_photographs_of_the_reference_served_again_are_healthy():
+    assert serve_again() == 0
+
+
+def test_they_would_be_accused_where_directions_judged_the_images_they_were_fitted_to(monkeypatch):
+    # the planted bug: an image that the directions were fitted to is its own nearest known image
+    monkeypatch.setattr("cvops_wb.watch.verdicts.scores.Ruler.find_fitted", lambda ruler, rows: np.zeros(len(rows), bool))
+    assert serve_again() > 0
+
+
 def test_a_small_reference_still_sees_what_is_large():
     watcher = Watcher.learn(make_window(35, seed=3))
     watcher.add(make_window(100, seed=40).assign(brightness=lambda w: w["brightness"]*.4, contrast=lambda w: w["contrast"]*.4))
