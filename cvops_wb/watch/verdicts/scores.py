@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cvops_wb.core.errors import BadInput
-from cvops_wb.watch.drift import is_missing
+from ...core.errors import BadInput
+from ..drift import is_missing
 
 # %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #2819f956
 CELLS, EDGES = 256, 127     # cells of a lane: below, at and between its edges, and the last for a missing value
