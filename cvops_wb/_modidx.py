@@ -5274,6 +5274,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'cvops_wb/watch/verdicts/scans.py'),
                                                'cvops_wb.watch.verdicts.scans.log_choose': ( 'api/watch/verdicts/scans.html#log_choose',
                                                                                              'cvops_wb/watch/verdicts/scans.py'),
+                                               'cvops_wb.watch.verdicts.scans.make_tables': ( 'api/watch/verdicts/scans.html#make_tables',
+                                                                                              'cvops_wb/watch/verdicts/scans.py'),
                                                'cvops_wb.watch.verdicts.scans.measure_exactly': ( 'api/watch/verdicts/scans.html#measure_exactly',
                                                                                                   'cvops_wb/watch/verdicts/scans.py'),
                                                'cvops_wb.watch.verdicts.scans.measure_mix': ( 'api/watch/verdicts/scans.html#measure_mix',
