@@ -87,7 +87,7 @@ def _mean(logs: np.ndarray) -> np.ndarray:
     top = logs.max(1)
     return top + np.log(np.exp(logs - top[:, None]).mean(1))
 
-# %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000010
+# %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000022
 LONG, PAST = 200, 4000      # rows of a span that is held against the stream's own past too; rows of its beginning that are kept of it
 SPANS = ((50, 25), (100, 25), (200, 50), (400, 100), (1000, 250))   # newest rows, rows between two looks
 
@@ -103,6 +103,7 @@ def _weigh(newest: np.ndarray, known: np.ndarray, bars: np.ndarray, again: bool)
         if all(size): told[mine] = measure_mix(newest[mine], known[mine], bars[mine], again)
     return told
 
+# %% ../../../nbs/api/watch/verdicts/09_scans.ipynb #sc000010
 @dataclass
 class Scan:
     "The looks at some lanes of one stream."

@@ -156,6 +156,7 @@ class Ruler:
         if lane.share: return np.where(np.isnan(code), CELLS - 1, code == self.classes[lane.column][lane.part]).astype(np.uint8)
         return place_values(codes[lane.column], self.edges[lane.column + lane.part])
 
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #sc000021
 def _to_numbers(values: pd.Series) -> np.ndarray:
     return pd.to_numeric(values, errors="coerce").to_numpy(float, na_value=np.nan)
 
