@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cvops_wb.core.errors import MetricMissing
+from cvops_wb.core.errors import MetricMissing, WrongUsage
 from cvops_wb.core.records import Evaluation
-from cvops_wb.core.settings import Gate
+from cvops_wb.core.settings import Gate, load_settings
 from cvops_wb.learn.evaluation import bootstrap, resample_groups
 from cvops_wb.learn.gates import compare, design_effect, judge, paired_interval
 from cvops_wb.learn.tasks import TASKS
@@ -137,3 +137,9 @@ def test_degenerate_evaluations_have_finite_numbers(count):
     for value in task.measure(scores, targets).values(): assert np.isfinite(value).all()
     assert all(np.isfinite(v).all() for v in bootstrap(task, scores, targets, np.arange(count), 20).values())
     assert task.measure(scores, np.full(count, -1))["accuracy"] == 0     # a label that the model does not know is an error
+
+
+@pytest.mark.parametrize("key", ["margin", "slice_margin", "slice_tolerance", "max_latency_ms"])
+def test_a_limit_that_is_no_number_lets_nothing_through(workbench, monkeypatch, key):
+    monkeypatch.setenv(f"CVOPS_GATE_{key.upper()}", "nan")
+    with pytest.raises(WrongUsage, match=f"{key} must be float"): load_settings()
