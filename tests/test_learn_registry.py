@@ -21,6 +21,7 @@ from cvops_wb.learn.networks import Assembled, build_network
 from cvops_wb.learn.registry import (
     RegisterSpec,
     append_event,
+    find_rival,
     find_version,
     list_versions,
     locked,
@@ -280,3 +281,18 @@ def test_a_champion_for_another_task_is_no_measure(bench):
     put(settings, train_toy(settings, "train-1", .001))
     other = put(settings, replace(train_toy(settings, "train-2", .001001), task="multilabel"))
     assert not other.passed and "a name of its own" in next(r["why"] for r in other.rules if r["rule"] == "not_worse_than_champion")
+
+
+def test_a_verdict_is_asked_for_again_when_the_champion_has_changed(bench):
+    "The champion to beat belongs to what a register run is keyed by: a refusal against another one is no answer."
+    settings, _ = bench
+    strong, weak, other = (train_toy(settings, f"train-{k}", flaw) for k, flaw in enumerate([.001, .004, .0041]))
+    rivals = lambda e: find_rival(settings, "", e.manifest_sha256)  # noqa: E731
+    assert rivals(weak) == ""
+    put(settings, weak)
+    put(settings, strong)
+    assert (rivals(weak), rivals(strong), rivals(other)) == ("", "1", "2") and not put(settings, other, rival="2").passed
+    move_alias("champion", 1)
+    assert (rivals(strong), rivals(other)) == ("1", "1")
+    with pytest.raises(BadRecord, match="has changed"): put(settings, other, rival="2")
+    assert put(settings, other, rival="1").rules[-3]["rule"] == "not_worse_than_champion"

@@ -179,3 +179,21 @@ def test_torchvision_s_segmenters(name, classes):
 @pytest.mark.parametrize("side, want", [(8, 32), (28, 64), (64, 128), (348, 128)])
 def test_small_images_are_not_blown_up(side, want):
     assert TASKS["classification"]().choose_size(pd.DataFrame({"width": [side]*3 + [4000], "height": [side + 20]*4})) == want
+
+
+@pytest.mark.parametrize("count, fits", [(0, []), (1, ["detection", "segmentation"]), (255, ["detection", "segmentation"]), (256, ["detection"])])
+def test_classes_that_can_be_told_apart(count, fits):
+    "A mask of bytes holds 255 classes; without an object there is nothing to learn."
+    table = pd.DataFrame({"objects": ["[]", *(json.dumps([{"box": [0, 0, 4, 4], "label": f"c{k}"}]) for k in range(count))]})
+    for name in ("detection", "segmentation"):
+        if name in fits: assert len(TASKS[name]().list_classes(table, [])) == count
+        else:
+            with pytest.raises(BadInput, match="classes"): TASKS[name]().list_classes(table, [])
+
+
+def test_what_reaches_out_of_an_image_is_cut_off():
+    "A box that is found whole as far as it can be seen is right; one outside is not missed."
+    rows = pd.DataFrame({"objects": [json.dumps([{"box": [-20, 10, 30, 20], "label": "cup"}, {"box": [70, 0, 9, 9], "label": "cup"}])], "width": [64], "height": [64]})
+    task = TASKS["detection"]()
+    targets = task.to_targets(rows, ["cup"])
+    assert targets[0].tolist() == [[0, 10, 10, 30, 0]] and task.measure([np.array([[0, 10, 10, 30, .9, 0]])], targets)["map50"] == 1

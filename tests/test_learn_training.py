@@ -206,7 +206,7 @@ def test_a_network_for_one_size_learns_at_that_size(shelf):
 
 @pytest.mark.parametrize("change, error, message", [
     ({"epochs": -1}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
-    ({"lr": float("nan")}, WrongUsage, "lr"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
+    ({"lr": float("nan")}, WrongUsage, "lr"), ({"flips": "sometimes"}, WrongUsage, "sides"), ({"clip": float("inf")}, WrongUsage, "clip"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
     ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"),
     ({"network": "linear", "task": "multilabel"}, WrongUsage, "small_resnet"), ({"network": "linear:9"}, WrongUsage, "no version '9'"), ({"lr": 1e30}, Diverged, "smaller lr"),
 ])
