@@ -69,10 +69,14 @@ class Task:
 
 class ObjectTask(Task):
     "A task whose truth lies within the image: its classes are those of the objects, and small things need every pixel."
+    most_classes = 10_000
 
     def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-        "Those that an object bears."
-        return list_labels(table["objects"])
+        "Those that an object bears; `BadInput` if there is none, or too many."
+        found = list_labels(table["objects"])
+        if 0 < len(found) <= self.most_classes: return found
+        raise BadInput("there are too many classes" if found else "there is no object to learn from", got=f"{len(found)} classes in {len(table)} images",
+                       fix=f"ingest boxes or outlines of 1 to {self.most_classes:,} classes, and take a new snapshot")
 
     def choose_size(self, table: pd.DataFrame) -> int:
         "What half of the images have room in, a multiple of 32, at most the task's own."
