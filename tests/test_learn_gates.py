@@ -143,3 +143,13 @@ def test_degenerate_evaluations_have_finite_numbers(count):
 def test_a_limit_that_is_no_number_lets_nothing_through(workbench, monkeypatch, key):
     monkeypatch.setenv(f"CVOPS_GATE_{key.upper()}", "nan")
     with pytest.raises(WrongUsage, match=f"{key} must be float"): load_settings()
+
+
+def test_few_groups_reach_further():
+    "What groups cost is itself an estimate: of ten groups the interval is wider than the normal one by Student's factor."
+    candidate, champion = paired(600, 30, 2)
+    c = compare(candidate.assign(group=np.arange(600)//60), champion)
+    normal = paired_interval(c.better, c.worse, c.effective)
+    assert c.effective < 600 and c.low < normal[0] - .005 and c.high > normal[1] + .005
+    alone = compare(candidate, champion)
+    assert (alone.low, alone.high) == paired_interval(30, 2, 600)
