@@ -109,7 +109,9 @@ def find_good(table: pd.DataFrame) -> str:
     raise BadInput("nothing says which images are good", got=f"labels: {', '.join(named[:6])}", fix="name one of the labels 'good', and take a new snapshot")
 
 def check_labels(table: pd.DataFrame) -> None:
-    "`BadInput` where images cannot have one label because they hold objects of several classes."
+    "`BadInput` where images cannot have one label because they bear several, or hold objects of several classes."
+    several = table["label"].str.contains("|", regex=False)
+    if several.any(): raise BadInput("these images bear several labels, and a classifier gives one", got=f"{several.sum()} of {len(table)} images", fix="-p task=multilabel")
     torn = (table["label"] == "") & (table["objects"].str.len() > 2)
     if torn.any():
         raise BadInput("these images hold objects of several classes, so they have no one label to classify by", got=f"{torn.sum()} of {len(table)} images",
