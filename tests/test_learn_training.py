@@ -37,9 +37,10 @@ from cvops_wb.learn import (
     run_model,
     train,
 )
+from cvops_wb.learn.learners.devices import NoDevice, choose_device
 from cvops_wb.learn.loading import load_pixels
 from cvops_wb.learn.tasks import TASKS
-from cvops_wb.learn.training import Diverged, NoDevice, choose_device, complete, gather, show_all
+from cvops_wb.learn.training import Diverged, complete, gather, show_all
 
 TINY = TrainSpec(network="small_resnet:8", epochs=8, size=32, batch_size=8, track=False)
 REFERENCE = {"id", "label", "predicted", "confidence", "entropy_of_scores", "embedding",
@@ -161,6 +162,60 @@ def test_cut_off_it_goes_on(shelf, monkeypatch, capsys):
     assert tables[0].equals(tables[1]) and not list((settings.cache/"checkpoints").iterdir())
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    "So few epochs are worth it that a budget of minutes ends soon."
+    monkeypatch.setattr(TASKS["classification"], "most_epochs", 1)
+    return replace(TINY, epochs=0, size=0, minutes=30.)
+
+
+def test_a_budget_becomes_epochs_and_a_size(shelf, brief, capsys):
+    "Chosen before the first step, said, in the record; the same epochs and size by hand, as `cvops reproduce` gives them, make the same model."
+    from cvops_wb.core.records import Envelope
+    from cvops_wb.learn.modelcards import pin_parameters
+    settings, snapshot = shelf
+    candidate = train(snapshot, brief, room(settings, "train-minutes"))
+    budget, said = candidate.spec["budget"], capsys.readouterr().out
+    assert (budget["minutes"], budget["epochs"], budget["size"]) == (30., 4, candidate.size) and candidate.size > 64, "the largest of the ladder that the images have room for"
+    assert f"30 min: 4 epochs at {candidate.size} px" in said and said.count("\nepoch ") == 4
+    assert budget["epoch_seconds"] > 0 and budget["check_seconds"] > 0 and 0 < budget["seconds"] < 1800
+    given = pin_parameters(Envelope("train-minutes", "train", candidate, parameters={"minutes": 30., "epochs": 0, "size": 0, "weights": "auto"}))
+    assert given == {"minutes": None, "epochs": 4, "size": candidate.size, "weights": "scratch"}
+    again = train(snapshot, replace(brief, **given), room(settings, "train-by-hand"))
+    assert again.manifest_sha256 == candidate.manifest_sha256 and again.metrics == candidate.metrics and not again.spec["budget"]
+
+
+def test_cut_off_it_keeps_its_budget(shelf, brief, monkeypatch, capsys):
+    "The machine is measured once: what goes on, or begins anew, has the epochs and the size of the beginning, whatever the clock would say now."
+    from cvops_wb.learn.fitting import Run, Step
+    from cvops_wb.learn.learners import budgets
+    settings, snapshot = shelf
+    spec, steps, take = replace(brief, seed=3), [], Step.take
+    def stop(self, index, progress):
+        if isinstance(self, Run): steps.append(progress)
+        if len(steps) == 11: raise KeyboardInterrupt
+        return take(self, index, progress)
+    monkeypatch.setenv("CVOPS_TRAIN_CHECKPOINT", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(Step, "take", stop)
+        with pytest.raises(KeyboardInterrupt): train(snapshot, spec, room(settings, "train-minutes-cut"))
+    def slow(*_): raise AssertionError("it is measured again")
+    monkeypatch.setattr(budgets, "measure_cost", slow)
+    again = train(snapshot, spec, room(settings, "train-minutes-cut"))
+    assert "goes on in epoch" in capsys.readouterr().out
+    monkeypatch.setattr(budgets, "MOST", 1000)
+    anew = train(snapshot, spec, room(settings, "train-minutes-anew"))
+    whole = train(snapshot, replace(spec, minutes=None, epochs=again.spec["epochs"], size=again.size), room(settings, "train-minutes-whole"))
+    assert again.manifest_sha256 == anew.manifest_sha256 == whole.manifest_sha256 and again.metrics == whole.metrics
+    with pytest.raises(AssertionError, match="measured again"): train(snapshot, replace(spec, seed=4), room(settings, "train-minutes-other"))
+
+
+def test_what_is_fitted_at_one_look_needs_no_budget(shelf, brief, capsys):
+    settings, snapshot = shelf
+    candidate = train(snapshot, replace(brief, network="prototypes", size=32), room(settings, "train-minutes-look"))
+    assert candidate.spec["budget"] == {} and "nothing to choose" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gain, taken", [(99., "int8"), (0., "fp32")])
 def test_eight_bits_are_taken_where_they_pay(shelf, monkeypatch, gain, taken):
@@ -206,7 +261,7 @@ def test_a_network_for_one_size_learns_at_that_size(shelf):
 
 @pytest.mark.parametrize("change, error, message", [
     ({"epochs": -1}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
-    ({"lr": float("nan")}, WrongUsage, "lr"), ({"flips": "sometimes"}, WrongUsage, "sides"), ({"clip": float("inf")}, WrongUsage, "clip"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
+    ({"lr": float("nan")}, WrongUsage, "lr"), ({"flips": "sometimes"}, WrongUsage, "sides"), ({"clip": float("inf")}, WrongUsage, "clip"), ({"minutes": -1., "epochs": 0}, WrongUsage, "more than nothing"), ({"minutes": 5.}, WrongUsage, "leave one of them"), ({"minutes": 1e-6, "epochs": 0}, WrongUsage, "not one epoch"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
     ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"),
     ({"network": "linear", "task": "multilabel"}, WrongUsage, "small_resnet"), ({"network": "linear:9"}, WrongUsage, "no version '9'"), ({"lr": 1e30}, Diverged, "smaller lr"),
 ])

@@ -133,6 +133,15 @@ def test_the_picture_shows_what_the_answer_comes_from(service):
     assert ask("/explain?label=red")[0] == "red"
 
 
+def test_a_browser_that_cannot_draw_a_file_gets_its_picture(service):
+    "The image as it is read, small enough for a page; the width that boxes are told in stands beside it."
+    status, headers, body = send(service, path="/explain?plain=1", body=photograph("red", "TIFF", (1600, 900)), content_type="image/tiff")
+    picture = Image.open(io.BytesIO(body))
+    assert (status, headers["Content-Type"], headers["X-Width"], headers["X-Method"], picture.size) == (200, "image/png", "1600", "plain", (640, 360))
+    assert np.abs(np.asarray(picture.convert("RGB")).mean((0, 1)) - np.asarray(Image.open(io.BytesIO(photograph("red", "PNG", (1600, 900)))).convert("RGB")).mean((0, 1))).max() < 3
+    assert send(service, path="/explain?plain=1", body=b"hello, I am a photograph", content_type="image/tiff")[0] == 422
+
+
 def test_one_explanation_at_a_time(service):
     with ThreadPoolExecutor(8) as pool: replies = list(pool.map(lambda _: send(service, path="/explain", body=JPEG, content_type="image/jpeg"), range(24)))
     assert {status for status, *_ in replies} <= {200, 429} and any(status == 200 for status, *_ in replies)
@@ -325,6 +334,13 @@ def test_the_pages_in_chromium(service, tmp_path, scheme):
         assert page.get_attribute("#photo", "src") == plain
         page.select_option("#truth", "blue")
         sync.expect(page.locator("#told")).to_have_text("Noted. Thank you.")
+        scan = tmp_path/"scan.tif"
+        scan.write_bytes(photograph("blue", "TIFF", (1200, 800)))
+        page.set_input_files("#file", scan)
+        sync.expect(page.locator("#label")).to_have_text("blue")
+        page.wait_for_function("document.querySelector('#photo').naturalWidth === 640 && document.querySelector('#past img').naturalWidth === 640")
+        assert page.get_attribute("#photo", "src").startswith("blob:"), "the service drew what the browser cannot"
+        page.screenshot(path=tmp_path/f"scan-{scheme}.png")
         page.set_input_files("#file", tmp_path/"text.jpg")
         page.wait_for_selector("#error:not([hidden])")
         assert "not_an_image" in page.inner_text("#error")

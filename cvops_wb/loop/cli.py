@@ -232,6 +232,7 @@ def snapshot(
 @app.command(rich_help_panel=LOOP)
 def train(
     network: Annotated[str | None, typer.Option(help="small_resnet, or torchvision:NAME.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="A budget instead of epochs: the size and the epochs that fit are measured before the first step.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of the images that the network sees, pixels.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -243,11 +244,12 @@ def train(
     """From a snapshot to a candidate, with its curves in MLflow.
 
     \b
+    cvops train --minutes 30
     cvops train --epochs 40 --size 112
     cvops train -p lr=0.002 -p batch_size=32
     cvops train --network torchvision:resnet18      begins with torchvision's weights where they can be had
     """
-    options = {"network": network, "epochs": epochs, "size": size, "seed": seed, "device": device, "snapshot": snapshot}
+    options = {"network": network, "minutes": minutes, "epochs": epochs, "size": size, "seed": seed, "device": device, "snapshot": snapshot}
     return run_stages({"train": options}, set, force, dry_run)
 
 # %% ../../nbs/api/loop/11_cli.ipynb #96623bbf

@@ -93,7 +93,9 @@ transition:border-color .15s,background .15s;width:100%;color:inherit;font:inher
 .bar{grid-column:1/3;height:7px;border-radius:4px;background:var(--code);overflow:hidden}
 .bar div{height:100%;background:var(--blue);border-radius:4px;transition:width .3s}
 #ask{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center;margin-top:16px;font-size:14px;color:var(--soft)}
-#ask button,#ask select{font:inherit;color:var(--ink);background:var(--code);border:1px solid var(--line);border-radius:8px;padding:5px 12px;cursor:pointer;max-width:170px}
+#ask button,#ask select{font:inherit;color:var(--ink);background:var(--code);border:1px solid var(--line);border-radius:8px;padding:5px 12px;cursor:pointer;max-width:100%}
+#ask button{white-space:nowrap}
+#ask select{max-width:150px}
 #ask button:hover,#ask select:hover{border-color:var(--blue)}
 #told{color:var(--green)}
 #foot{border-top:1px solid var(--line);margin-top:18px;padding-top:12px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
@@ -126,35 +128,37 @@ function fail(what, fix, reason) {
   $('error').replaceChildren(text('b', what), text('span', fix ? 'What to do: ' + fix + '. ' : ''), text('code', reason || ''));
   $('token').hidden = reason !== 'token';
 }
-function show(url, said, seconds) {
+function show(shot) {
+  const {url, said, seconds} = shot;
   $('error').hidden = $('token').hidden = true; $('answer').hidden = false; document.body.className = 'asked';
-  $('photo').onerror = () => { $('photo').onerror = null; $('photo').src = UNDRAWN; };
-  $('photo').src = url; outline(url, said.objects || []); $('photo').alt = 'the photograph, answered with ' + said.label;
+  $('photo').src = url; outline(shot); $('photo').alt = 'the photograph, answered with ' + said.label;
   $('label').textContent = said.label;
   $('sure').textContent = (100*said.confidence).toFixed(1) + ' % sure';
   $('bars').replaceChildren(...said.top.map(bar));
   const times = `${said.latency_ms.toFixed(1)} ms in the service, ${(1000*seconds).toFixed(0)} ms here`;
   $('foot').replaceChildren(text('span', `version ${said.version} \\u00b7 ${times} \\u00b7 request `), text('code', said.request_id));
-  shown = {url, said}; $('why').textContent = 'Why?'; $('told').textContent = ''; $('truth').value = '';
+  shown = shot; $('why').textContent = 'Why?'; $('told').textContent = ''; $('truth').value = '';
 }
-function outline(url, objects) {
-  if (!objects.length) return;
+function outline({url, width, said: {objects = []}}) {
+  if (!objects.length || url === UNDRAWN) return;
   const image = new Image();
   image.onload = () => {
     const canvas = Object.assign(document.createElement('canvas'), {width: image.naturalWidth, height: image.naturalHeight}), pen = canvas.getContext('2d');
-    const unit = Math.max(canvas.width, canvas.height)/320;
-    pen.drawImage(image, 0, 0); pen.lineWidth = 2*unit; pen.font = `${11*unit}px sans-serif`;
-    for (const {label, score, box: [x1, y1, x2, y2]} of objects) {
-      pen.strokeStyle = pen.fillStyle = '#d55e00'; pen.strokeRect(x1, y1, x2 - x1, y2 - y1);
-      pen.fillText(`${label} ${(100*score).toFixed(0)} %`, x1, Math.max(y1 - 3*unit, 11*unit));
+    const unit = Math.max(canvas.width, canvas.height)/400, scale = width ? canvas.width/width : 1, high = 15*unit;
+    pen.drawImage(image, 0, 0); pen.lineWidth = 2*unit; pen.font = `600 ${11*unit}px sans-serif`; pen.textBaseline = 'middle';
+    for (const {label, score, box} of objects) {
+      const [x1, y1, x2, y2] = box.map(v => v*scale), text = `${label} ${(100*score).toFixed(0)} %`, wide = pen.measureText(text).width + 6*unit;
+      const x = Math.max(0, Math.min(x1 - unit, canvas.width - wide)), y = y1 >= high ? y1 - high : Math.min(y2, canvas.height - high);
+      pen.strokeStyle = pen.fillStyle = '#b34700'; pen.strokeRect(x1, y1, x2 - x1, y2 - y1);
+      pen.fillRect(x, y, wide, high); pen.fillStyle = '#fff'; pen.fillText(text, x + 3*unit, y + high/2);
     }
     canvas.toBlob(blob => { if ($('photo').src === url) $('photo').src = URL.createObjectURL(blob); });
   };
   image.src = url;
 }
-function remember(url, said, seconds) {
-  const figure = text('figure', ''), image = Object.assign(new Image(), {src: url, alt: ''});
-  figure.append(image, text('figcaption', said.label)); figure.onclick = () => show(url, said, seconds);
+function remember(shot) {
+  const figure = text('figure', ''), image = Object.assign(new Image(), {src: shot.url, alt: ''});
+  figure.append(image, text('figcaption', shot.said.label)); figure.onclick = () => show(shot);
   $('past').prepend(figure);
   while ($('past').children.length > 8) { const last = $('past').lastChild; URL.revokeObjectURL(last.firstChild.src); last.remove(); }
 }
@@ -167,8 +171,8 @@ async function ask(file) {
     const reply = await fetch('predict', {method: 'POST', body: file, headers}), said = await reply.json();
     const seconds = (performance.now() - begin)/1000;
     if (!reply.ok) return fail(said.error, said.fix, said.reason);
-    const url = URL.createObjectURL(file);
-    show(url, said, seconds); remember(url, said, seconds);
+    const shot = {file, said, seconds, ...await picture(file)};
+    show(shot); remember(shot);
   } catch (e) { fail('The service does not answer.', 'see whether it still runs', ''); }
   finally { drop.removeAttribute('aria-busy'); input.value = ''; }
 }
@@ -187,14 +191,24 @@ DROP_SCRIPT += """
 let shown = null;
 const UNDRAWN = 'data:image/svg+xml,' + encodeURIComponent('<svg xmlns="http://www.w3.org/2000/svg" width="320" height="240"><rect width="100%" height="100%" fill="#eaeef2"/><text x="50%" y="50%" text-anchor="middle" font-family="sans-serif" font-size="14" fill="#57606a">This browser cannot draw the file</text></svg>');
 const allowed = () => token ? {authorization: 'Bearer ' + token} : {};
+async function picture(file) {
+  const url = URL.createObjectURL(file), image = new Image();
+  image.src = url;
+  try { await image.decode(); return {url}; } catch (e) { URL.revokeObjectURL(url); }
+  try {
+    const reply = await fetch('explain?plain=1', {method: 'POST', body: file, headers: {'content-type': 'application/octet-stream', ...allowed()}});
+    if (reply.ok) return {url: URL.createObjectURL(await reply.blob()), width: +reply.headers.get('x-width')};
+  } catch (e) { }
+  return {url: UNDRAWN};
+}
 $('why').onclick = async () => {
-  const {url, said} = shown, plain = $('why').textContent !== 'Why?';
-  if (plain) { $('why').textContent = 'Why?'; $('photo').src = url; return outline(url, said.objects || []); }
+  const shot = shown, {said, file} = shot, plain = $('why').textContent !== 'Why?';
+  if (plain) { $('why').textContent = 'Why?'; $('photo').src = shot.url; return outline(shot); }
   $('why').textContent = 'Looking \\u2026'; $('why').disabled = true;
   try {
     const label = said.scores[said.label] === undefined ? '' : '&label=' + encodeURIComponent(said.label);
-    const reply = await fetch(`explain?version=${said.version}${label}`, {method: 'POST', body: await (await fetch(url)).blob(), headers: {'content-type': 'application/octet-stream', ...allowed()}});
-    if (shown.url !== url) return;
+    const reply = await fetch(`explain?version=${said.version}${label}`, {method: 'POST', body: file, headers: {'content-type': 'application/octet-stream', ...allowed()}});
+    if (shown !== shot) return;
     if (!reply.ok) { $('told').textContent = (await reply.json()).error; $('why').textContent = 'Why?'; return; }
     $('photo').src = URL.createObjectURL(await reply.blob()); $('why').textContent = 'Show the photograph';
   } catch (e) { $('told').textContent = 'The service does not answer.'; $('why').textContent = 'Why?'; }
@@ -247,8 +261,9 @@ def _describe_explain(facts: Facts) -> dict[str, Any]:
     picture = {"description": "A PNG: what carries the score is in colour. Its label is in `X-Label`, percent-encoded, its version in `X-Version`.",
                "content": {"image/png": {"schema": _binary}}}
     label = {"name": "label", "in": "query", "required": False, "description": "Explain this class and not the one that was answered.", "schema": {"type": "string"}}
+    plain = {"name": "plain", "in": "query", "required": False, "description": "`1`: only the image as it is read, for a browser that cannot draw the file; the width of the image itself is in `X-Width`.", "schema": {"type": "string"}}
     said = "One image. One place after another is covered, and the model asked again (occlusion; Zeiler and Fergus 2014): 65 inferences, for one request at a time."
-    return _describe_upload(facts, "explain", "Where in the photograph does the answer come from?", said, picture, label)
+    return _describe_upload(facts, "explain", "Where in the photograph does the answer come from?", said, picture, label, plain)
 
 # %% ../../nbs/api/serve/05_pages.ipynb #1e9e1f15
 def _describe_upload(facts: Facts, name: str, summary: str, description: str, answer: Mapping[str, Any], *more: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,7 +349,7 @@ DOCS_STYLE = STYLE + """
 .verb{display:inline-block;min-width:48px;font-weight:700;font-size:12px;letter-spacing:.04em;color:var(--green)}
 .post{color:var(--blue)}
 .path{font-weight:600;font-size:15px;margin-right:12px}
-pre{background:var(--code);padding:14px 16px;border-radius:10px;overflow:auto;margin:8px 0}
+pre{background:var(--code);padding:14px 16px;border-radius:10px;white-space:pre-wrap;overflow-wrap:anywhere;margin:8px 0}
 table{border-collapse:collapse;width:100%;font-size:14px}
 td,th{text-align:left;padding:7px 10px 7px 0;border-top:1px solid var(--line);vertical-align:top}
 th{border:0;color:var(--soft);font-weight:500}

@@ -101,6 +101,8 @@ class Classification(Task):
     outputs = ("logits", "embedding")
     main_metric, truth = "accuracy", "label"
     network, size, batch = "small_resnet", 128, 64
+    sizes = (64, 96, 128, 160, 192, 224)
+    checks = 20
     measure, measure_classes = staticmethod(measure), staticmethod(measure_classes)
 
     def to_targets(self, rows: pd.DataFrame | Sequence[str], classes: Sequence[str], size: int = 0) -> np.ndarray:

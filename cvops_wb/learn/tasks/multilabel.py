@@ -87,6 +87,7 @@ class MultiLabel(Task):
     "Any number of labels an image."
     outputs = ("logits", "embedding")
     main_metric, truth = "map", "any"
+    sizes = (64, 96, 128, 160, 192, 224)
     measure, measure_classes = staticmethod(measure), staticmethod(measure_classes)
 
     def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
