@@ -71,9 +71,10 @@ def gather_facts(settings: Settings, version: ModelVersion, evaluation: Evaluati
     }
 
 def pin_parameters(trained: Envelope) -> dict[str, Any]:
-    "The parameters of a training, with the weights that it really began with: `auto` may find others another day."
-    weights = getattr(trained.record, "spec", {}).get("weights")
-    return trained.parameters | ({"weights": weights or "scratch"} if "weights" in trained.parameters and weights is not None else {})
+    "The parameters of a training, with the weights that it really began with, since `auto` may find others another day, and with the epochs that fitted a budget of minutes here."
+    spec = getattr(trained.record, "spec", {})
+    weights, chosen = spec.get("weights"), {"minutes": None, "epochs": spec["epochs"], "size": spec["size"]} if spec.get("budget") else {}
+    return trained.parameters | chosen | ({"weights": weights or "scratch"} if "weights" in trained.parameters and weights is not None else {})
 
 def say_weights(candidate: Any) -> str:
     "The weights that a training began with."

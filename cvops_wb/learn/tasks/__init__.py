@@ -25,6 +25,8 @@ class Task:
     truth = "objects"
     network, size, batch = "small_resnet", 128, 64          # where a person does not choose
     epochs, images, most_epochs = 60, 2640, 60              # so many epochs for so many images; of fewer images at most
+    sizes: tuple[int, ...] = ()     # that a budget of minutes may choose between, beside its own
+    checks = 6                      # looks at `val` in a run, about
 
     def count(self, classes: Sequence[str]) -> int:
         "How many maps or logits a network needs."
@@ -36,7 +38,15 @@ class Task:
 
     def choose_size(self, table: pd.DataFrame) -> int:
         "Twice the short side of half of the images, a multiple of 32 pixels, at most the task's own: more only blows them up."
-        return int(np.clip(np.ceil(2*table[["width", "height"]].min(axis=1).median()/32)*32, 32, self.size))
+        return int(np.clip(self.find_room(table), 32, self.size))
+
+    def find_room(self, table: pd.DataFrame) -> int:
+        "Twice the short side of half of the images, a multiple of 32 pixels."
+        return int(np.ceil(2*table[["width", "height"]].min(axis=1).median()/32)*32)
+
+    def list_sizes(self, table: pd.DataFrame) -> list[int]:
+        "Those that a budget may choose between: of the ladder what the images have room for, and the task's own."
+        return sorted({self.choose_size(table), *(size for size in self.sizes if size <= self.find_room(table))})
 
     def say(self, right: float, scores: Any) -> str:
         "A caption: how right an image is."
