@@ -77,6 +77,7 @@ class Task:
         "Scores out of the cells of a table."
         return np.stack([np.asarray(cell, np.float32) for cell in cells])
 
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #0b7ec701
 class ObjectTask(Task):
     "A task whose truth lies within the image: its classes are those of the objects, and small things need every pixel."
     most_classes = 10_000
