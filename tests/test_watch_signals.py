@@ -121,6 +121,7 @@ CASES = {   # what is planted over healthy minutes, the minute that is looked at
     "rollout without end": ({"cvops_rollout_running": "0x10 1x400"}, 200, {"CvopsRolloutLong"}),
 }
 GIVEN = replace(Alerts(), silent_hours=1.)
+NEXT = "The images: cvops suspects --app; whether answers suffer: cvops spotcheck --n 50; the page: cvops dashboard monitoring."
 
 
 def run_promtool(folder, rules, cases):
@@ -131,10 +132,12 @@ def run_promtool(folder, rules, cases):
               "promql_expr_test": [{"expr": 'count by (alertname) (ALERTS{alertstate="firing"})', "eval_time": f"{minutes}m",
                                     "exp_samples": [{"labels": f'{{alertname="{alert}"}}', "value": 1} for alert in sorted(alerts)]}]}
              for name, (planted, minutes, alerts) in cases.items()]
-    named = {"interval": "1m", "input_series": series(**{'cvops_drift_detected{version="1"}': "1x10", f'cvops_watch_info{{run="monitor-1",report="{REPORT}"}}': "1x10"}),
+    told = [{"interval": "1m", "input_series": series(**{'cvops_drift_detected{version="1"}': "1x10", f'cvops_watch_info{{run="monitor-1",report="{REPORT}"}}': "1x10", **more}),
              "alert_rule_test": [{"eval_time": "5m", "alertname": "CvopsDrift", "exp_alerts": [{"exp_labels": {"severity": "ticket", "version": "1"}, "exp_annotations": {
-                 "summary": "version 1 sees other images than it was trained on", "description": "The report names the causes and shows the images.", "open": REPORT}}]}]}
-    (folder/"tests.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [*tests, named]}))
+                 "summary": f"version 1 sees other images than it was trained on{cause}", "description": f"{first} {NEXT}", "open": REPORT}}]}]}
+            for more, cause, first in (({}, "", "The report names the causes."),
+                                       ({'cvops_drift_cause_info{version="1",cause="door: darker by 40 %",advice="look at the lamp"}': "1x10"}, ": door: darker by 40 %", "What to do: look at the lamp."))]
+    (folder/"tests.yml").write_text(yaml.safe_dump({"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [*tests, *told]}))
     return subprocess.run(["promtool", "test", "rules", str(folder/"tests.yml")], capture_output=True, text=True)
 
 
@@ -325,6 +328,7 @@ def test_a_real_prometheus_sees_the_service_and_alerts_once(bench, bento, tmp_pa
         wait_for(lambda: [body for _, body in hook.bodies if b"CvopsDrift" in body and json.loads(body)["status"] == "resolved"])
     told = [json.loads(body) for _, body in hook.bodies if b"CvopsDrift" in body]
     assert [message["status"] for message in told] == ["firing", "resolved"] and told[0]["alerts"][0]["annotations"]["open"] == REPORT
+    assert told[0]["alerts"][0]["annotations"]["summary"].endswith(": camera-3: darker by 40 %") and "What to do: look at the lamp, the exposure and the lens of camera-3." in told[0]["alerts"][0]["annotations"]["description"]
 
 
 def follows_schema(board):

@@ -15,6 +15,7 @@ from typing import Any
 from ...core.files import dump_json, write_atomic
 from ...core.settings import Settings, load_settings
 from ..states import read_steps
+from ..verdicts.advice import advise
 from ..verdicts.states import DriftState, read_drift_state
 
 # %% ../../../nbs/api/watch/signals/01_gauges.ipynb #39696935
@@ -35,7 +36,11 @@ def tell_drift(state: DriftState) -> list[Gauge]:
         make_gauge("cvops_drift_camera_score", "Evidence of drift of one camera", *(({**version, "camera": camera}, score) for camera, score in state.cameras.items())),
         make_gauge("cvops_watch_rows", "Predictions that were judged so far", (version, float(state.rows))),
         make_gauge("cvops_watch_info", "The run whose report tells more", ({**version, "run": run, "report": state.report}, 1.)),
+        make_gauge("cvops_drift_cause_info", "The gravest cause while there is drift, and what to do first", *_tell_cause(state, version)),
     ]
+
+def _tell_cause(state: DriftState, version: Mapping[str, str]) -> list[tuple[Mapping[str, str], float]]:
+    return [({**version, "cause": cause.words.rpartition(", since ")[0] or cause.words, "advice": advise(cause)}, 1.) for cause in state.causes[:1] if state.drifted]
 
 def tell_accuracy(state: DriftState) -> list[Gauge]:
     "The estimate with its interval, where it can be known, and the newest spot check."
