@@ -12,7 +12,7 @@ from ...core.faces import lazy_face
 _rooms = {
     "Estimator": "estimates", "draw_check": "spotchecks", "judge_check": "spotchecks", "SpotcheckSpec": "spotchecks", "read_checks": "spotchecks",
     "judge_damage": "damage", "read_triggers": "damage",
-    "spotcheck": "asking", "ask_here": "asking", "check_rollout": "asking", "mark_told": "asking",
+    "spotcheck": "asking", "ask_here": "asking", "check_rollout": "asking", "list_classes": "asking", "mark_told": "asking",
     "Sheet": "correcting", "label_here": "correcting",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)
