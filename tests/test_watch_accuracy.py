@@ -184,6 +184,11 @@ def test_nobody_can_be_simulated_where_no_truth_is_known(workbench):
         spotcheck(make_window(60, seed=2).assign(label=""), make_window(200, seed=1), make_bento(workbench), SpotcheckSpec(24, "simulated"))
 
 
+def test_a_rollout_that_nobody_has_asked_yet_is_said():
+    from cvops_wb.watch.accuracy.asking import draw_pairs
+    with pytest.raises(BadInput, match="no answer"): draw_pairs(pd.DataFrame(columns=["id", "request_id", "arm"]), 20)
+
+
 def test_a_check_that_nobody_answers_can_be_closed(asked):
     from cvops_wb.label import label_tools
     ask, folder, ids = asked

@@ -94,7 +94,7 @@ def _show(drawn: list[dict[str, Any]], settings: Settings) -> pd.DataFrame:
 # %% ../../../nbs/api/watch/accuracy/03_asking.ipynb #as000002
 def draw_pairs(rows: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     "As many answers of each arm, each with the same chance; `BadInput` if one arm has none."
-    arms = rows["arm"].str.rpartition(":")[2]
+    arms = rows["arm"].astype(str).str.rsplit(":").str[-1]
     sides = [rows[arms == arm].drop_duplicates("id") for arm in ("baseline", "challenger")]
     each = min(count//2, *map(len, sides))
     if not each: raise BadInput("one of the two versions has no answer whose image was kept", got=f"{len(sides[0])} of the baseline, {len(sides[1])} of the challenger", fix="wait, or set keep_share under [serve]")
