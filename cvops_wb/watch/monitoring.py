@@ -170,6 +170,7 @@ def _write_peers(reference: pd.DataFrame, window: pd.DataFrame, page: Path, titl
     write_evidently(reference, window, page, share=(given := load_settings().monitor).drift_share, title=title, workspace=given.workspace)
     for name, rows in (("reference", reference), ("window", window)): write_whylogs(rows, page.with_name(f"whylogs-{name}.bin"))
 
+# %% ../../nbs/api/watch/04_monitoring.ipynb #mo000021
 def measure_accuracy(window: pd.DataFrame) -> float | None:
     "The share of right answers among those whose label is known; None if none is."
     known = window[window["label"].fillna("") != ""] if "label" in window else window.iloc[:0]
