@@ -11,7 +11,16 @@ from cvops_wb.core.errors import BadInput, BadModel
 from cvops_wb.core.files import dump_json
 from cvops_wb.core.records import parse_record
 from cvops_wb.serve.rollouts.states import end
-from cvops_wb.watch import MonitorSpec, SpotcheckSpec, draw_columns, draw_timeline, monitor, read_drift_state, spotcheck, take_window
+from cvops_wb.watch import (
+    MonitorSpec,
+    SpotcheckSpec,
+    draw_columns,
+    draw_timeline,
+    monitor,
+    read_drift_state,
+    spotcheck,
+    take_window,
+)
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.monitoring import trace_column
 
