@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cvops_wb.core.errors import BadRecord
-from cvops_wb.serve import compact_predictions, list_segments, read_predictions, read_segment
+from cvops_wb.serve import compact_predictions, find_predictions, list_segments, read_predictions, read_segment
 from cvops_wb.serve.inference import Answer
 from cvops_wb.serve.predictions import COLUMNS, MEASURED, PredictionLog, tell_time, to_measured, to_row
 
@@ -37,6 +37,27 @@ def test_segments_turn_and_the_newest_come_last(tmp_path):
     assert log.append(row(35)) and ids(tmp_path, 1) == ["35"]
     log.close()
     assert compact_predictions(tmp_path) == 1 and ids(tmp_path) == [str(k) for k in range(36)]
+
+
+def test_what_is_asked_of_a_long_log_costs_by_the_answer(tmp_path, monkeypatch):
+    from cvops_wb.serve import predictions
+    # a moment or a value: neither reads the whole log, in whichever form its segments are
+    log = PredictionLog(tmp_path, lines=10)
+    for k in range(95):
+        log.append(row(k, camera=f"c{k % 7}"))
+        if k == 60: compact_predictions(tmp_path)
+    for place, (stem, _) in enumerate(sorted(list_segments(tmp_path), key=lambda found: found[0].name)):
+        for path in tmp_path.glob(f"{stem.name}.*"): os.utime(path, (1e9 + 10*place + 9.5,)*2)
+    read = []
+    whole = predictions.read_segment
+    monkeypatch.setattr(predictions, "read_segment", lambda stem, *more, **named: (named or read.append(stem.name), whole(stem, *more, **named))[1])
+    assert list(read_predictions(tmp_path, since=tell_time(1e9 + 83)[:19]).request_id) == [str(k) for k in range(83, 95)] and len(read) == 2
+    read.clear()
+    assert list(find_predictions(tmp_path, "request_id", "42").request_id) == ["42"] and len(read) == 1
+    read.clear()
+    assert list(find_predictions(tmp_path, "camera", "c3", 3).request_id) == ["94", "87", "80"] and len(read) <= 3
+    assert list(read_predictions(tmp_path, newest=2, since=tell_time(1e9)).request_id) == ["93", "94"]
+    assert len(find_predictions(tmp_path, "camera", "c3", 99)) == 14 and len(find_predictions(tmp_path, "camera", "none")) == 0 == len(find_predictions(tmp_path/"none", "id", "x"))
 
 
 def test_the_vectors_and_types_come_back(tmp_path):

@@ -1,4 +1,5 @@
 "The service at a glance and a rollout as it goes: counts that add up whatever happens, pages that show them, live, in a real browser."
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from serve_toy import photograph
 from test_serve_canary import Load, arms, make_breaking_graph  # noqa: F401 - a fixture
@@ -208,14 +210,24 @@ def test_the_edition_for_mail(workbench, tmp_path, width, dark):
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
+def add_cell(settings, name="monitoring"):
+    "The dashboard's notebook with a cell of a person's own."
+    notebook = json.loads((REPO/"nbs"/"dashboards"/f"{name}.ipynb").read_text())
+    cell = {"cell_type": "code", "id": "own", "metadata": {}, "source": ["6*7"], "outputs": [], "execution_count": None}
+    (settings.root/"nbs"/"dashboards").mkdir(parents=True, exist_ok=True)
+    (settings.root/"nbs"/"dashboards"/f"{name}.ipynb").write_text(json.dumps(notebook | {"cells": [*notebook["cells"], cell]}))
+
+
 @pytest.mark.slow
 @pytest.mark.browser
-def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
+@pytest.mark.parametrize("own", [False, True])
+def test_the_page_is_live_for_several_viewers(workbench, monkeypatch, own):
     from playwright.sync_api import sync_playwright
     plant(workbench)
+    if own: add_cell(workbench)
     monkeypatch.setenv("CVOPS_MONITOR_REFRESH", "1.5")
     answers = "() => document.querySelector('.wb .tile strong').innerText"
-    with dashboard_running(settings=workbench, name="monitoring") as (address, _), sync_playwright() as p:
+    with dashboard_running(settings=workbench, name="monitoring") as (address, process), sync_playwright() as p:
         browser, errors, asked = p.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu", "--disable-quic"]), [], []
         tabs = [browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page() for width, scheme in ((1300, "light"), (390, "dark"))]
         for tab in tabs:
@@ -224,9 +236,10 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
             tab.goto(address)
             tab.wait_for_selector(".wb h1", timeout=60_000)
             assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
-        for tab in tabs:        # the live page takes the place of what was seen first
+        for tab in tabs if own else ():     # the kernel's page takes the place of what was seen first
             tab.wait_for_selector(".wb-stand .wb h1", timeout=60_000)
             assert tab.query_selector("#wb-preview") is None and tab.locator(".wb").count() == 1
+            tab.wait_for_function("[...document.querySelectorAll('.jp-OutputArea-output')].some(output => output.innerText.trim() === '42')", timeout=60_000)
         tabs[0].select_option("select >> nth=1", label="west")     # one viewer picks, the other does not notice
         tabs[0].wait_for_function(f"({answers})() === '300'", timeout=20_000)
         assert tabs[1].evaluate(answers) == "600"
@@ -238,14 +251,41 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch):
         closed = browser.new_context().new_page()
         assert closed.goto(address.split("?")[0]).status == 403 and "wb-preview" not in closed.content()
         text = httpx.get(address, timeout=60, trust_env=False).text      # what can be seen comes before what a kernel makes
-        assert text.index('id="wb-preview"') < text.index("<svg") < text.index("</main>") < text.index("jupyter-config-data")
+        assert text.index('id="wb-preview"') < text.index("<svg") < text.index("</main>")
+        assert (text.find("jupyter-config-data") > text.index("</main>")) == own and (len(psutil.Process(process.pid).children()) > 0) == own       # what is as it came needs no kernel
         browser.close()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_page_of_the_server_alone(workbench, monkeypatch, tmp_path):
+    # a new camera can be picked, who reads or pauses is not disturbed, and a server that is gone is told
+    plant(workbench, ("east", HOSTILE))
+    monkeypatch.setenv("CVOPS_MONITOR_REFRESH", "1")
+    value = "document.querySelector('#wb-seen .tile strong').innerText"
+
+    def look(tab):
+        tab.click("#wb-live")
+        write_rows(workbench.store/"predictions", time.time() + np.arange(11.), 2, "north")
+        tab.wait_for_timeout(2500)
+        paused = tab.evaluate(value), tab.get_attribute("#wb-live", "aria-pressed")
+        tab.click("#wb-live")
+        tab.wait_for_function("document.querySelectorAll('select')[1].options.length === 4", timeout=20_000)
+        tab.select_option("select >> nth=1", label="north")
+        tab.wait_for_function(f"{value} === '11'", timeout=20_000)
+        process.kill()
+        tab.wait_for_function("document.querySelector('#wb-wait').innerText.includes('still running?')", timeout=20_000)
+        return paused, tab.evaluate(value), tab.evaluate("[...document.querySelectorAll('select')[1].options].map(option => option.value)"), tab.evaluate("window.hacked ?? 0")
+    with dashboard_running(settings=workbench, name="monitoring") as (address, process):
+        _, errors, told = take_picture(address, tmp_path/"alone.png", before=look, wait="#wb-seen h1")
+    assert errors == [] and told == (("600", "false"), "11", ["", HOSTILE, "east", "north"], 0)
 
 
 @pytest.mark.slow
 @pytest.mark.browser
 def test_the_first_picture_answers_and_hands_over(workbench, tmp_path):
     plant(workbench)
+    add_cell(workbench)
     held = []
 
     def look(tab):
@@ -256,12 +296,12 @@ def test_the_first_picture_answers_and_hands_over(workbench, tmp_path):
         tab.unroute("**/voila.js")      # what is asked for from here on goes through
         for route in held: route.continue_()
         tab.wait_for_function("!document.querySelector('#wb-preview') && document.querySelector('.wb-stand .tile strong')", timeout=60_000)
-        return codes, tab.inner_text(".wb-stand .tile strong"), tab.evaluate("document.querySelectorAll('select')[1].value"), tab.evaluate("performance.getEntriesByType('resource').filter(e => e.name.includes('plotly')).length")
+        return codes, tab.inner_text(".wb-stand .tile strong"), tab.evaluate("document.querySelectorAll('select')[1].value")
 
     with dashboard_running(settings=workbench, name="monitoring") as (address, _):
         _, errors, told = take_picture(address, tmp_path/"first.png", 390, before=look, wait="#wb-seen h1", prepare=lambda tab: tab.route("**/voila.js", lambda route: held.append(route)))     # the scripts are held back: the server alone answers
         assert httpx.get(f"{address.split('?')[0]}seen", trust_env=False).status_code == 403
-    assert errors == [] and told == ([400, 400, 200], "300", "west", 0)
+    assert errors == [] and told == ([400, 400, 200], "300", "west")
 
 
 def test_viewers_share_the_first_picture(workbench):
@@ -285,6 +325,8 @@ def test_a_page_that_a_person_changed_has_no_preview(workbench, tmp_path):
     text = (REPO/"nbs"/"dashboards"/"monitoring.ipynb").read_text()
     (tmp_path/"mine.ipynb").write_text(text.replace("show_monitoring()", "show_monitoring('7 days')"))
     assert find_preview(tmp_path/"mine.ipynb", workbench) is None and find_preview(REPO/"nbs"/"dashboards"/"workbench.ipynb", workbench) is None
+    add_cell(workbench)
+    assert [find_preview(root/"nbs"/"dashboards"/"monitoring.ipynb", workbench).whole for root in (REPO, workbench.root)] == [True, False]
 
 
 # ---- the page of a rollout

@@ -64,6 +64,25 @@ def test_a_hundred_hostile_strings_on_the_verdicts_page():
     for title in HUNDRED: assert find_raw(render_sheet(state, {}, {name: name for name in HUNDRED}, title)) == []
 
 
+def make_papers():
+    "The pages that are written once: a data card, a model card, a sweep, each with all hundred."
+    from cvops_wb.data.versions import datacards
+    from cvops_wb.learn import modelcards
+    from cvops_wb.loop.sweeps.pages import make_page
+    one, counts = HUNDRED[0], dict.fromkeys(HUNDRED, 1)
+    data = {**dict.fromkeys(("id", "message", "parent", "licence"), one), **dict.fromkeys(("images", "in_splits", "set_aside", "bytes", "groups", "source_files"), 3), "taken": HUNDRED[:2], "quality": {},
+            **dict.fromkeys(("classes", "labels_by", "cameras", "sources", "duplicates", "tags", "views"), counts), "class_by_split": {one: counts}, "width": {one: 1}, "height": {one: 1}}
+    share = {"value": .5, "low": .4, "high": .6, "low_all": .3, "high_all": .7}
+    model = {**dict.fromkeys(("name", "task", "network", "snapshot", "data_card", "split", "main_metric", "began_with", "manifest_sha256", "candidate", "reproduce"), one), "intended_use": "".join(HUNDRED),
+             **dict.fromkeys(("version", "images", "image_size", "parameters"), 3), "metrics": dict.fromkeys(HUNDRED, .5), "intervals": dict.fromkeys(HUNDRED, (.4, .6)), "limits": HUNDRED, "threshold": None, "training": {},
+             "slices": [{"slice": name, "count": 3, "weak": True, **share} for name in HUNDRED], "per_class": {name: {"f1": .5, "count": 3.} for name in HUNDRED},
+             "rules": [{"rule": name, "value": .5, "limit": .4, "passed": True, "why": name} for name in HUNDRED]}
+    trials = [{"number": k, "state": "fail", "value": None, "parameters": {name: name}, "epochs": {}, "run": name, "error": name} for k, name in enumerate(HUNDRED)]
+    best = {"number": 3, "value": .7, "parameters": trials[3]["parameters"], "run": one, "command": "".join(HUNDRED)}
+    sweep = {**dict.fromkeys(("sweep", "stage", "metric"), one), "direction": "maximize", "fixed": {}, "trials": trials, "importance": {}, "best": best}
+    return {"data card": datacards.to_html(data, {}), "model card": modelcards.to_html(model, {}), "sweep": make_page(sweep)}
+
+
 def test_a_camera_in_exif_is_no_markup(workbench):
     import io
 
@@ -144,7 +163,7 @@ def test_its_verdict_is_not_hasty():
 @pytest.mark.slow
 @pytest.mark.browser
 def test_a_hundred_hostile_strings_on_every_page_in_a_browser(workbench, tmp_path, monkeypatch):
-    "Class names, cameras, reasons, messages: all hundred on the workbench's page, the service's, its mail edition, a rollout's and a verdict's, and none of them runs."
+    "Class names, cameras, reasons, messages: all hundred on the workbench's page, the service's, its mail edition, a rollout's, a verdict's, on cards and a sweep's page, and none of them runs."
     import time
     from dataclasses import replace
 
@@ -183,6 +202,7 @@ def test_a_hundred_hostile_strings_on_every_page_in_a_browser(workbench, tmp_pat
     pages["damaged rollout"] = render_rollout(replace(read_rollout(workbench), problem=quarters[3]))
     causes = tuple(Cause("images", name, f"{name}: darker by 40 %", name, 2., -.4, .5, name, (name,)) for name in HUNDRED)
     pages["verdict"] = render_sheet(DriftState(1, HUNDRED[0], HUNDRED[1], 100, True, 2., .5, HUNDRED[2], causes, dict.fromkeys(HUNDRED, 1.), tuple(HUNDRED), Estimate(.9, .8, 1., known=False, why=HUNDRED[3])), {}, {}, HUNDRED[4])
+    pages |= make_papers()
     assert {name: find_raw(page) for name, page in pages.items() if find_raw(page)} == {}
     assert find_raw(pages["workbench"] + quarters[0])       # planted: it would be seen
     with sync_playwright() as p:

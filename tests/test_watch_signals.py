@@ -327,6 +327,18 @@ def test_a_real_prometheus_sees_the_service_and_alerts_once(bench, bento, tmp_pa
     assert [message["status"] for message in told] == ["firing", "resolved"] and told[0]["alerts"][0]["annotations"]["open"] == REPORT
 
 
+def follows_schema(board):
+    "Whether Grafana's own model, made from its schema, knows every key of a dashboard: what it reads, it writes again."
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+    register_default_plugins()
+    def holds(more, less):
+        if isinstance(less, dict): return all(key in more and holds(more[key], value) for key, value in less.items())
+        return len(more) == len(less) and all(map(holds, more, less)) if isinstance(less, list) else more == less
+    return holds(json.loads(JSONEncoder().encode(Dashboard.from_json(board))), board)
+
+
 def test_boards_are_whole(workbench, tmp_path):
     files = write_boards(tmp_path, workbench)
     boards = [json.loads(path.read_text()) for path in files if path.suffix == ".json"]
@@ -335,6 +347,7 @@ def test_boards_are_whole(workbench, tmp_path):
     for board in boards:
         places = [panel["gridPos"] for panel in board["panels"]]
         assert all(place["x"] + place["w"] <= 24 for place in places) and all(panel["targets"] and panel["datasource"]["uid"] == "${datasource}" for panel in board["panels"])
+        assert follows_schema(board) and not follows_schema(board | {"panel": []}) and not follows_schema(board | {"panels": [board["panels"][0] | {"gridPosition": {}}]})
     provided = yaml.safe_load((tmp_path/"provisioning"/"dashboards"/"cvops.yml").read_text())
     assert provided["providers"][0]["options"]["path"] == str((tmp_path/"dashboards").resolve())
 

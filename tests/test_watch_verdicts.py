@@ -142,6 +142,32 @@ def test_a_mix_that_moves_no_share_far_is_seen():
     assert (scan_streams(other/other.sum(), 300, 10, bar=12.) >= 1).mean() >= .9
 
 
+def find_delay(seed, known=150, healthy=1200, most=1500):
+    "Rows until another mix is seen, against a small reference and after a healthy time."
+    rng, other = np.random.default_rng(seed), SHARES*np.where(np.arange(36) % 2, 1.5, .5)
+    scan, home = Scan(np.array([0]), np.array([9.])), np.bincount(draw_cells(rng, known)[:, 0], minlength=CELLS)[None]
+    for _ in range(0, healthy, 25): scan.add(draw_cells(rng, 25), home)
+    assert scan.best[0, 0] < 1
+    for seen in range(25, most + 1, 25):
+        scan.add(draw_cells(rng, 25, other/other.sum()), home)
+        if scan.best[0, 0] >= 1: return seen
+    return most
+
+
+def test_the_stream_s_own_past_knows_the_usual_mix_better_than_a_small_reference(monkeypatch):
+    delays = [find_delay(seed) for seed in range(6)]
+    monkeypatch.setattr("cvops_wb.watch.verdicts.scans.LONG", 10**9)
+    assert np.mean(delays) < .8*np.mean([find_delay(seed) for seed in range(6)])
+
+
+def test_a_mix_that_came_back_after_a_long_time_is_healthy():
+    rng, other = np.random.default_rng(4), SHARES[::-1]
+    scan, home = Scan(np.array([0]), np.array([9.])), np.bincount(draw_cells(rng, 300)[:, 0], minlength=CELLS)[None]
+    for shares, rows in ((SHARES, 500), (other, 3000), (SHARES, 1200)):
+        for _ in range(0, rows, 25): scan.add(draw_cells(rng, 25, shares), home)
+        assert (scan.best[0, 0] < 1) == (rows == 500) and scan.healthy == (rows != 3000)
+
+
 @pytest.mark.parametrize("worth", [1., 4.])
 def test_the_bet_on_a_mix_is_fair_to_the_last_digit(worth, monkeypatch):
     from itertools import product
@@ -254,6 +280,27 @@ def test_a_small_reference_costs_power_and_not_level(rows):
         for k in range(4): watcher.add(make_window(100, seed=9000 + 10*seed + k))
         accused += watcher.drifted
     assert accused == 0
+
+
+def serve_again(days=8, rows=500):
+    "How many days are accused on which the photographs of a small reference come again, in another order and from three cameras."
+    known, accused = make_window(300, seed=3), 0
+    for day in range(days):
+        served = known.sample(rows, replace=True, random_state=day, ignore_index=True)
+        watcher = Watcher.learn(known, served)
+        watcher.add(served.assign(time=make_window(rows, seed=day)["time"], camera=make_window(rows, seed=day)["camera"]))
+        accused += watcher.drifted
+    return accused
+
+
+def test_the_photographs_of_the_reference_served_again_are_healthy():
+    assert serve_again() == 0
+
+
+def test_they_would_be_accused_where_directions_judged_the_images_they_were_fitted_to(monkeypatch):
+    # the planted bug: an image that the directions were fitted to is its own nearest known image
+    monkeypatch.setattr("cvops_wb.watch.verdicts.scores.Ruler.find_fitted", lambda ruler, rows: np.zeros(len(rows), bool))
+    assert serve_again() > 0
 
 
 def test_a_small_reference_still_sees_what_is_large():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape, name_metric, new_figure, shorten, to_table
+from ..core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape, make_page, name_metric, new_figure, shorten, to_table
 from ..core.errors import BadRecord, MetricMissing, WrongUsage
 from ..core.files import write_atomic
 from ..core.places import locate, name_final
@@ -155,9 +155,6 @@ def list_class_differences(evaluations: Sequence[Evaluation], names: Sequence[st
     return sorted(found, key=lambda row: -abs(np.nan_to_num(row["A less B"])))[:most]
 
 # %% ../../nbs/api/learn/12_comparison.ipynb #e35e7a67
-_STYLE = """<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;padding:0 1em;color:#24292f}
-table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #d0d7de;padding:.2em .6em}th{background:#f6f8fa;text-align:left}h2{margin-top:1.6em}</style>"""
-
 def write_page(contest: Contest, evaluations: Sequence[Evaluation], tables: Sequence[pd.DataFrame]) -> str:
     "The comparison as one HTML page that needs nothing beside it."
     names = [model["name"] for model in contest.models]
@@ -168,14 +165,12 @@ def write_page(contest: Contest, evaluations: Sequence[Evaluation], tables: Sequ
     pairs = [{"A": p["a"], "B": p["b"], "A less B": _say(p["difference"], p["low"], p["high"], "+"), "only A right": p["only_a"], "only B right": p["only_b"],
               "McNemar's p": float(p["p"]), f"{name_metric(contest.metric)}, A less B": _say(*p["metric"].values(), "+"), "says": p["verdict"]} for p in contest.pairs]
     slices = "".join(f"<h3>{escape(p['a'])} less {escape(p['b'])}</h3>{embed_png(draw_differences(p), 'differences by slice')}" for p in contest.pairs if p["slices"])
-    title = escape(f"{' against '.join(names)}")
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>{_STYLE}<h1>{title}</h1>
-<p>{contest.count:,} images of {escape(contest.split)}, snapshot {escape(contest.snapshot)}. Intervals at 95 %; those of slices hold for all slices together.</p>
+    return make_page(" against ".join(names), f"""<p>{contest.count:,} images of {escape(contest.split)}, snapshot {escape(contest.snapshot)}. Intervals at 95 %; those of slices hold for all slices together.</p>
 <h2>Models</h2>{to_table(models)}<h2>Pairs</h2>{to_table(pairs)}
 {"<p>Of several pairs one may look decided by chance: divide 5 % by their number before believing a p-value.</p>" if len(pairs) > 1 else ""}
 <h2>Curves</h2>{embed_png(draw_curves(evaluations, names), "curves")}<h2>By slice</h2>{slices or "<p>No slice has ten of these images or more.</p>"}
 <h2>By class</h2>{to_table(list_class_differences(evaluations, names))}
-<h2>Where {escape(names[0])} (A, blue: right) and {escape(names[1])} (B) disagree</h2>{embed_png(draw_disagreements(evaluations, names, tables=tables), "disagreements")}</html>"""
+<h2>Where {escape(names[0])} (A, blue: right) and {escape(names[1])} (B) disagree</h2>{embed_png(draw_disagreements(evaluations, names, tables=tables), "disagreements")}""")
 
 def _letter(place: int, model: dict[str, Any]) -> str: return f"{chr(65 + place % 26)}: {model['name']}"
 

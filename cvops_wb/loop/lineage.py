@@ -91,12 +91,10 @@ def list_logs(book: Book) -> dict[str, str]:
 
 def find_answers(book: Book, column: str, value: str, most: int = 5) -> list[tuple[Any, str]]:
     "Rows of the prediction logs with a value, newest first, each with the run of its bento or nothing."
-    from cvops_wb.serve import read_predictions
+    from cvops_wb.serve import find_predictions
     found = []
     for log, bento in list_logs(book).items():
-        if not (book.settings.root/log).is_dir(): continue
-        table = read_predictions(book.settings.root/log)
-        found += [(row, bento) for row in table[table[column] == value].itertuples()]
+        if (book.settings.root/log).is_dir(): found += [(row, bento) for row in find_predictions(book.settings.root/log, column, value, most).itertuples()]
     return sorted(found, key=lambda pair: str(pair[0].time), reverse=True)[:most]
 
 def trace_request(book: Book, row: Any, bento: str) -> Node:

@@ -13,7 +13,7 @@ _rooms = {
     "package": "packaging", "PackageSpec": "packaging", "list_contents": "packaging",
     "serve_bento": "launching", "service_running": "launching",
     "rehearse": "rehearsal", "RehearseSpec": "rehearsal", "draw_answers": "rehearsal", "draw_latency": "rehearsal",
-    "read_predictions": "predictions", "PredictionLog": "predictions", "compact_predictions": "predictions", "open_database": "databases", "list_segments": "predictions", "read_segment": "predictions",
+    "read_predictions": "predictions", "find_predictions": "predictions", "PredictionLog": "predictions", "compact_predictions": "predictions", "open_database": "databases", "list_segments": "predictions", "read_segment": "predictions",
     "Arm": "rollouts", "RolloutFile": "rollouts", "RolloutSpec": "rollouts", "Controller": "rollouts", "draw_evidence": "rollouts",
     "Client": "clients", "AsyncClient": "clients", "predict_pictures": "batches", "list_pictures": "batches", "Picture": "batches", "Classifier": "inference", "make_service": "service", "verify_model": "verification",
 }

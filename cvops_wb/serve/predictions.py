@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'VECTORS', 'LINES', 'MEASURED', 'ROOM', 'PATIENCE', 'to_row', 'pack', 'unpack', 'Segment', 'PredictionLog',
            'to_line', 'to_json', 'to_measured', 'read_measured', 'compact_predictions', 'compact_segment',
-           'store_segment', 'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'list_segments', 'list_files',
-           'read_segment', 'tell_time', 'prune_predictions']
+           'store_segment', 'parse_lines', 'to_table', 'to_parquet', 'read_predictions', 'find_predictions',
+           'list_segments', 'list_files', 'read_segment', 'tell_time', 'prune_predictions']
 
 # %% ../../nbs/api/serve/04_predictions.ipynb #2621989b
 import base64
@@ -222,16 +222,32 @@ def to_parquet(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def read_predictions(
     folder: Path | str,             # of the log
     newest: int | None = None,      # rows at most, the newest; all if not given
+    since: str = "",                # ISO 8601: segments that ended before are not read
 ) -> "pd.DataFrame":
     "The log, oldest row first: finished segments, and those that are being written."
     import pyarrow as pa
     tables, times = [], []
     for stem, touched in list_segments(Path(folder)):
-        if newest is not None and (newest < 1 or len(times) >= newest and sorted(times)[-newest] > touched): break
+        if touched < since or newest is not None and (newest < 1 or len(times) >= newest and sorted(times)[-newest] > touched): break
         tables.append(read_segment(stem))
         times += tables[-1]["time"].to_pylist()
     frame = pa.concat_tables(tables[::-1] or [to_table([])], promote_options="default").to_pandas().sort_values("time", kind="stable", ignore_index=True)
+    if since: frame = frame[frame["time"] >= since].reset_index(drop=True)
     return frame if newest is None else frame.tail(newest).reset_index(drop=True)
+
+def find_predictions(folder: Path | str, column: str, value: str, most: int = 5) -> "pd.DataFrame":
+    "The newest rows with a value, the newest first; segment by segment, so that a long log does not fill the memory."
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    hits, count = [], 0
+    for stem, _ in list_segments(Path(folder)):
+        if count >= most: break
+        if not pc.any(pc.equal(read_segment(stem, columns=[column])[column], value)).as_py(): continue
+        table = read_segment(stem)
+        hits.append(table.filter(pc.equal(table[column], value)))
+        count += len(hits[-1])
+    frame = pa.concat_tables(hits[::-1] or [to_table([])], promote_options="default").to_pandas()
+    return frame.sort_values("time", kind="stable").iloc[::-1].head(most).reset_index(drop=True)
 
 def list_segments(folder: Path) -> list[tuple[Path, str]]:
     "Each segment without its suffix, here or in the log's database, and the time of its last line; the newest first."
@@ -254,13 +270,13 @@ def _find_database(folder: Path) -> Any:
     from cvops_wb.serve.databases import open_database
     return open_database(folder)
 
-def read_segment(stem: Path, settled: bool = False) -> Any:
-    "One segment as an Arrow table, in whichever form it is at this moment; settled: without its end, if that waits to be filled in."
+def read_segment(stem: Path, settled: bool = False, columns: list[str] | None = None) -> Any:
+    "One segment as an Arrow table, in whichever form it is at this moment; settled: without its end, if that waits to be filled in; columns: of a finished one only these."
     import pyarrow as pa
     import pyarrow.parquet as pq
     lines, table = stem.with_name(f"{stem.name}.jsonl"), stem.with_name(f"{stem.name}.parquet")
     for _ in range(2):      # it may be compacted while we look
-        try: return pq.read_table(table) if table.exists() else to_table(parse_lines(lines.read_bytes(), settled))
+        try: return pq.read_table(table, columns=columns) if table.exists() else to_table(parse_lines(lines.read_bytes(), settled))
         except FileNotFoundError: continue
         except pa.ArrowInvalid as e:
             raise BadRecord("a segment of the prediction log is damaged", got=f"{table}: {e}",

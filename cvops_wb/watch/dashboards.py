@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'TEMPLATE', 'PAGE_POLICY', 'EDITORS', 'PICTURES', 'OWN', 'RESULT_POLICY', 'draw_state', 'show_dashboard',
-           'list_unused', 'write_template', 'make_handlers', 'make_server', 'serve_page', 'find_notebook',
+           'is_own', 'list_unused', 'write_template', 'make_handlers', 'make_server', 'serve_page', 'find_notebook',
            'dashboard_running', 'open_dashboard']
 
 # %% ../../nbs/api/watch/09_dashboards.ipynb #4801fac2
@@ -77,11 +77,15 @@ OWN = re.compile(r"from cvops_wb\.watch import show_\w+|show_\w+\(\)")
 RESULT_POLICY = ("sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
                  "font-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
 
-def list_unused(notebook: Path) -> list[str]:
-    "Extensions that a page is shown without: editors, and what a page does not need that is as it came."
+def is_own(notebook: Path) -> bool:
+    "Whether a dashboard's notebook is as it came: one of our pages and nothing else."
     cells = json.loads(notebook.read_text())["cells"]
     lines = [line.strip() for cell in cells if cell["cell_type"] == "code" for line in "".join(cell["source"]).splitlines() if line.strip()]
-    return EDITORS + (PICTURES if all(OWN.fullmatch(line) for line in lines) else [])
+    return len([line for line in lines if line.endswith("()")]) == 1 and all(OWN.fullmatch(line) for line in lines)
+
+def list_unused(notebook: Path) -> list[str]:
+    "Extensions that a page is shown without: editors, and what a page does not need that is as it came."
+    return EDITORS + (PICTURES if is_own(notebook) else [])
 
 def write_template(
     folder: Path,   # becomes one of Jupyter's data folders
@@ -114,7 +118,7 @@ def make_handlers(reports: Path, preview: Any = None) -> tuple[type, type, type,
         @authenticated
         async def get(self, path: str | None = None) -> None:
             if preview and not path: await self.send_first()
-            await super().get(path)
+            if not (preview and preview.whole): await super().get(path)
 
         async def send_first(self) -> None:
             for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")): self.set_header(name, value)
@@ -129,8 +133,8 @@ def make_handlers(reports: Path, preview: Any = None) -> tuple[type, type, type,
             picked = {name: self.get_query_argument(name) for name in ("period", "camera") if name in self.request.query_arguments}
             try: sight = await asyncio.to_thread(preview.look, **picked)
             except WrongUsage as e: raise HTTPError(400) from e
-            for name, value in (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store"), ("X-Seen", sight.time)): self.set_header(name, value)
-            self.finish(sight.page)
+            self.set_header("Cache-Control", "no-store")
+            self.finish({"page": sight.page, "time": sight.time, "cameras": sight.cameras})
 
     class Results(Closed, AuthenticatedFileHandler):
         def set_default_headers(self) -> None:
@@ -168,7 +172,7 @@ def make_server(notebook: Path, reports: Path, port: int, token: str, ready: boo
     config, headers = Config(), {"Content-Security-Policy": PAGE_POLICY.format(port=port), "Referrer-Policy": "same-origin"}
     config.Voila.update({"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "token": token,
                          "tornado_settings": {"headers": headers}})
-    config.VoilaConfiguration.update({"template": "workbench", "allow_template_override": "NO", "allow_theme_override": "NO", "preheat_kernel": ready, "extension_denylist": list_unused(notebook)})     # ready: a kernel that has the page made waits for the next viewer
+    config.VoilaConfiguration.update({"template": "workbench", "allow_template_override": "NO", "allow_theme_override": "NO", "preheat_kernel": ready and not (preview and preview.whole), "extension_denylist": list_unused(notebook)})     # ready: a kernel that has the page made waits for the next viewer
     config.VoilaKernelManager.update({"fill_delay": 6.})      # the next kernel is not made while this viewer's page is
     config.MappingKernelManager.update({"cull_idle_timeout": 900, "cull_interval": 60})
     return Dashboard(config=config, notebook_path=str(notebook), config_file_paths=[])

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image, ImageFile
 
-from ...core.drawing import embed_png, escape
+from ...core.drawing import embed_png, escape, make_page
 from ...core.errors import BadImage, BadInput
 from ...core.files import human_size, join_within, write_atomic
 from ...core.settings import Settings, load_settings
@@ -52,11 +52,6 @@ def _draw_part(data: bytes, max_bytes: int, max_megapixels: float) -> Image.Imag
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = kept
 
 # %% ../../../nbs/api/data/inbox/01_refusals.ipynb #54b95093
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>set aside</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:14px sans-serif;margin:2em}}td,th{{padding:.3em .8em;text-align:left;vertical-align:middle;border-bottom:1px solid #ddd;overflow-wrap:anywhere}}td:nth-child(5){{white-space:nowrap}}</style>
-</head><body><h1>Set aside</h1><p>{summary}</p><table><tr><th></th><th>file</th><th>from</th><th>reason</th><th>size</th><th>kept as</th></tr>{rows}</table></body></html>"""
-
 def clean_text(text: Any) -> str:
     "Text for a terminal: what cannot be seen, or turns the writing round, is written out."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
@@ -69,7 +64,9 @@ def write_refusals(
     "The page `rejected.html` in the cache."
     rows = "".join(_write_row(row, settings, k < most) for k, row in enumerate(table.itertuples()))
     counts = ", ".join(f"{count:,} × {reason}" for reason, count in table.reason.value_counts().items())
-    return write_atomic(settings.cache/"rejected.html", _PAGE.format(summary=escape(f"{len(table):,} files: {counts}" if counts else "nothing"), rows=rows), durable=False)
+    head = "".join(f"<th>{name}</th>" for name in ("", "file", "from", "reason", "size", "kept as"))
+    body = f'<p>{escape(f"{len(table):,} files: {counts}" if counts else "nothing")}</p><div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+    return write_atomic(settings.cache/"rejected.html", make_page("Set aside", body, "td:nth-child(5){white-space:nowrap}"), durable=False)
 
 def _write_row(row: Any, settings: Settings, drawn: bool) -> str:
     picture = draw_refusal(_find_kept(row.file, settings), settings) if drawn and row.file else None

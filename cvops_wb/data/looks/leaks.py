@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from ...core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape
+from ...core.drawing import COLOURS, draw_grid, draw_note, embed_png, escape, make_page
 from ...core.errors import BadInput
 from ...core.files import write_atomic
 from ...core.places import locate
@@ -68,17 +68,13 @@ def draw_leaks(
     pictures, captions, colours = zip(*cells)
     return draw_grid(pictures, captions, 6, colours=colours)
 
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>leaks</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:14px sans-serif;margin:2em;max-width:70em}}img{{max-width:100%}}td,th{{padding:.3em .8em;text-align:left;border-bottom:1px solid #ddd;overflow-wrap:anywhere}}</style>
-</head><body><h1>Leaks of a split</h1><p>{summary}</p>{picture}<table><tr><th>likeness</th><th>one</th><th>other</th></tr>{rows}</table></body></html>"""
-
 def write_leaks(table: pd.DataFrame, leaks: pd.DataFrame, path: Path, settings: Settings, most: int = 1000) -> Path:
     "The page with pictures and the table."
     def cell(split: str, label: str, source: str) -> str: return f"<td>{escape(split)}: {escape(label)}<br><small>{escape(source)}</small></td>"
     rows = "".join(f"<tr><td>{p.likeness:.3f}</td>{cell(p.split_a, p.label_a, p.source_a)}{cell(p.split_b, p.label_b, p.source_b)}</tr>" for p in leaks.head(most).itertuples())
     picture = embed_png(draw_leaks(table, leaks, settings))
-    return write_atomic(path, _PAGE.format(summary=escape(say_leaks(count_leaks(table, leaks))), picture=picture, rows=rows), durable=False)
+    body = f'<p>{escape(say_leaks(count_leaks(table, leaks)))}</p>{picture}<div class="scroll"><table><tr><th>likeness</th><th>one</th><th>other</th></tr>{rows}</table></div>'
+    return write_atomic(path, make_page("Leaks of a split", body), durable=False)
 
 def say_leaks(counts: Mapping[str, Any]) -> str:
     "The counts in a sentence."

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from ...core.drawing import draw_grid, embed_jpeg, escape
+from ...core.drawing import draw_grid, embed_jpeg, escape, make_page
 from ...core.errors import BadInput, UnknownName, WrongUsage
 from ...core.files import write_atomic
 from ...core.places import locate, name_final
@@ -116,15 +116,10 @@ def pile_up(
     write_atomic(out/"piles.parquet", rows.to_parquet(index=False), durable=False)
     record = Piles(snapshot.id, name_final(out/"piles.parquet", settings.root), {str(pile + 1): int((piles == pile).sum()) for pile in core}, len(table), embedder.name, told,
                    name_final(out/"index.html", settings.root))
-    write_atomic(out/"index.html", _PAGE.format(body=Sheets(record, out/"piles.parquet")._repr_html_()), durable=False)
+    write_atomic(out/"index.html", make_page("Piles of what looks alike", Sheets(record, out/"piles.parquet")._repr_html_()), durable=False)
     return record
 
 # %% ../../../nbs/api/data/looks/05_piles.ipynb #5fbd9ee9
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Piles</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#24292f}}h3{{margin:1.6rem 0 .3rem}}img{{max-width:100%}}
-code{{background:#f6f8fa;padding:.15em .4em}}</style></head><body><h1>Piles of what looks alike</h1>{body}</body></html>"""
-
 class Sheets:
     "The piles as pictures, for a notebook and for the page."
 

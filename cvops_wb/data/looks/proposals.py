@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from threadpoolctl import threadpool_limits
 
-from ...core.drawing import draw_grid, embed_jpeg, escape
+from ...core.drawing import draw_grid, embed_jpeg, escape, make_page
 from ...core.errors import BadInput, Refused
 from ...core.files import write_atomic
 from ...core.records import Snapshot
@@ -116,11 +116,6 @@ def take_proposals(found: Proposals, by: str = "") -> Snapshot:
     return correct(dict(zip(found.taken["id"], found.taken["label"])), f"{by or getpass.getuser()}, {PROPOSED}")
 
 # %% ../../../nbs/api/data/looks/06_proposals.ipynb #a81475ed
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Proposed labels</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#24292f}}h3{{margin:1.6rem 0 .3rem;overflow-wrap:anywhere}}img{{max-width:100%}}</style>
-</head><body><h1>Proposed labels</h1><p>The vote of the nearest labelled images: {belief}.</p><p>{summary}</p>{body}</body></html>"""
-
 def say_proposals(found: Proposals) -> str:
     "What there is, in a sentence."
     labelled = sum(found.known.values())
@@ -135,4 +130,4 @@ def write_proposals(found: Proposals, path: Any, most: int = 24) -> Any:
         return draw_grid(pictures, [f"{row.id[:6]} {row.share:.0%}" for row in rows.itertuples()], side=104, colours=["#24292f" if share >= found.sure else "#8b949e" for share in rows["share"]])
     parts = [f"<h3>{escape(label)}: {len(rows):,} proposed, {found.known[label]:,} labelled</h3>{embed_jpeg(show(rows.head(most)), str(label))}" for label, rows in found.rows.groupby("label")]
     write_atomic(path.with_name("proposals.csv"), found.rows.to_csv(index=False), durable=False)
-    return write_atomic(path, _PAGE.format(belief=escape(found.belief), summary=escape(say_proposals(found)), body="".join(parts)), durable=False)
+    return write_atomic(path, make_page("Proposed labels", f"<p>The vote of the nearest labelled images: {escape(found.belief)}.</p><p>{escape(say_proposals(found))}</p>{''.join(parts)}"), durable=False)

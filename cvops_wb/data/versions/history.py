@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...core.drawing import draw_grid, embed_png, escape, to_table
+from ...core.drawing import draw_grid, embed_png, escape, make_page, to_table
 from ...core.errors import CvopsError
 from ...core.files import read_json, write_atomic
 from ...core.records import Snapshot, parse_record
@@ -105,14 +105,9 @@ def _show(reader: SnapshotReader, row: Any) -> Any:
     except CvopsError: return Image.new("RGB", (96, 72), "#d0d7de")     # it was erased, or its shard is not here: the numbers still hold
 
 # %% ../../../nbs/api/data/versions/02_history.ipynb #306bda3a
-_PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#24292f}}
-table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #d0d7de;padding:.25rem .75rem;text-align:left}}h2{{margin-top:2rem}}</style>
-<h1>{title}</h1>{body}"""
-
 def write_difference(difference: Difference, path: Path, count: int = 24) -> Path:
     "The comparison as one HTML page that needs no file beside it."
     sheets = draw_difference(difference, count)
     parts = [f"<h2>{escape(name)}: {difference.counts[name]:,}</h2>{embed_png(sheet, name)}" for name, sheet in sheets.items()]
     body = to_table([difference.counts]) + ("".join(parts) or "<p>The two versions hold the same samples.</p>")
-    return write_atomic(path, _PAGE.format(title=escape(f"{difference.before} → {difference.after}"), body=body), durable=False)
+    return write_atomic(path, make_page(f"{difference.before} → {difference.after}", body), durable=False)

@@ -58,7 +58,7 @@ def spotcheck_rollout(settings: Settings, n: int, tool: str, dry_run: bool) -> R
     from cvops_wb.watch import SpotcheckSpec, check_rollout, mark_told
     state = RolloutFile(settings.store/"rollout").read()
     if state.phase != "running": raise BadInput("no rollout is under way", got=state.phase, fix="cvops rollout start VERSION")
-    rows = read_predictions(settings.store/"predictions")
+    rows = read_predictions(settings.store/"predictions", since=state.began.rstrip("Z"))
     rows = rows[rows["arm"].str.startswith(f"{state.id}:") & (rows["predicted"].fillna("") != "")]
     if dry_run: return Reply({"rollout": state.id, "n": n}, f"would draw {n} of {len(rows):,} answers of rollout {state.id}")
     path, answered, fresh = check_rollout(rows, state.id, sorted(rows["predicted"].unique()), SpotcheckSpec(n, tool))

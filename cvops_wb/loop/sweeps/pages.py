@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...core.drawing import COLOURS, LINE, draw_bars, embed_png, escape, name_metric, new_figure, plain
+from ...core import drawing
+from ...core.drawing import COLOURS, draw_bars, embed_png, escape, name_metric, new_figure, plain
 from ...core.files import dump_json, write_atomic
-from ..engine import STYLE
 
 # %% ../../../nbs/api/loop/sweeps/02_pages.ipynb #1fdf16e7
 def draw_trials(told: Mapping[str, Any]) -> Any:
@@ -58,11 +58,9 @@ def draw_curves(told: Mapping[str, Any]) -> Any:
     return figure
 
 # %% ../../../nbs/api/loop/sweeps/02_pages.ipynb #86af43fc
-MORE = f"""
-.best{{border:1px solid {LINE};border-left:4px solid #009E73;border-radius:6px;padding:.8rem 1.1rem;margin:1rem 0}}
-.best b{{font-size:1.6rem}}.best pre{{background:#f6f8fa;padding:.5rem .8rem;border-radius:4px;overflow-x:auto;white-space:pre-wrap}}
-h2 small{{font-weight:400;color:#57606a;font-size:13px}}figure{{margin:1rem 0}}figure img{{max-width:100%}}.scroll{{overflow-x:auto}}td.number{{text-align:right;font-variant-numeric:tabular-nums}}
-tr.best-row{{background:#e8f5f0}}td.failed{{color:#a40e26}}td.pruned{{color:#9a5200}}
+MORE = """
+.best{border:1px solid var(--line);border-left:4px solid #009E73;border-radius:6px;padding:.8rem 1.1rem;margin:1rem 0}.best b{font-size:1.6rem}
+h2 small{font-weight:400}figure{margin:1rem 0}td.number{text-align:right;font-variant-numeric:tabular-nums}tr.best-row{background:var(--good)}td.failed{color:var(--bad)}td.pruned{color:var(--warn)}
 """
 
 def write_sweep(told: Mapping[str, Any], folder: Path) -> Path:
@@ -79,11 +77,8 @@ def make_page(told: Mapping[str, Any]) -> str:
     figures = "".join(f"<figure>{embed_png(draw(told), draw.__doc__)}</figure>" for draw in pictures)
     few = f" <small>{counts['complete']} finished trials say little of that</small>" if counts["complete"] < 20 else ""
     bars = f"<h2>What mattered{few}</h2><figure>{embed_png(draw_bars(told['importance'], 'share of the variation'), 'importance')}</figure>" if told["importance"] else ""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(told["sweep"])}</title><style>{STYLE}{MORE}</style></head>'
-            f'<body><main><h1>{escape(told["sweep"])}</h1><p>{escape(told["stage"])}, {escape(name_metric(told["metric"]))} on the validation split, {told["direction"]}d: {summary or "no trial yet"}.</p>'
-            f"{_say_best(told)}{bars}{figures}<h2>Trials</h2>{_table(told)}</main></body></html>\n")
+    told_of = f'<p>{escape(told["stage"])}, {escape(name_metric(told["metric"]))} on the validation split, {told["direction"]}d: {summary or "no trial yet"}.</p>'
+    return drawing.make_page(told["sweep"], f"{told_of}{_say_best(told)}{bars}{figures}<h2>Trials</h2>{_table(told)}", MORE)
 
 def _say_best(told: Mapping[str, Any]) -> str:
     best = told["best"]

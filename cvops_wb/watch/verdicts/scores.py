@@ -92,6 +92,7 @@ class Ruler:
     edges: dict[str, np.ndarray]
     classes: dict[str, dict[str, int]] = field(default_factory=dict)    # column → category → place in order of frequency
     directions: Directions | None = None
+    fitted: frozenset[str] = frozenset()    # ids of the images that the directions were fitted to
 
     @classmethod
     def learn(cls, rows: pd.DataFrame, columns: Sequence[str], most: int = 12) -> "Ruler":
@@ -101,7 +102,7 @@ class Ruler:
             for name in names:
                 if name in columns: ruler._add_number(view, name, _to_numbers(rows[name]))
         if {"bytes", "width", "height"} <= set(columns): ruler._add_number("images", "compression", _compression(rows))
-        if "embedding" in columns: ruler._add_embedding(_to_matrix(rows["embedding"]))
+        if "embedding" in columns: ruler._add_embedding(rows)
         for view, name in (("answers", "predicted"), ("schema", "camera")):
             if name in columns: ruler._add_categories(view, name, rows[name][~is_missing(rows[name])].astype(str), most)
         ruler._add_number("schema", MISSING, ruler._gather(rows)[0][MISSING])
@@ -111,10 +112,13 @@ class Ruler:
         self.lanes.append(Lane(view, name, part, 0., seats))
         self.edges[name + part] = find_edges(values)
 
-    def _add_embedding(self, vectors: np.ndarray) -> None:
-        vectors = vectors[np.isfinite(vectors).all(1)]
+    def _add_embedding(self, rows: pd.DataFrame) -> None:
+        vectors = _to_matrix(rows["embedding"])
+        whole = np.isfinite(vectors).all(1)
+        vectors = vectors[whole]
         half = max(1, len(vectors)//2)      # the other half tells how large the numbers are
         self.directions = Directions.learn(vectors[:half])
+        if "id" in rows: self.fitted = frozenset(map(str, rows["id"].to_numpy()[whole][:half]))
         for part, values in zip(self.directions.parts, self.directions.measure(vectors[half:]).T): self._add_number("embeddings", "embedding", values, part)
 
     def _add_categories(self, view: str, name: str, values: pd.Series, most: int) -> None:
@@ -137,9 +141,14 @@ class Ruler:
         if any(lane.column == "compression" for lane in self.lanes): found["compression"] = _compression(rows)
         if self.directions is not None:
             measured = self.directions.measure(_to_matrix(rows["embedding"], len(self.directions.middle))).T
-            found.update(zip((f"embedding{part}" for part in self.directions.parts), measured))
             absent.append(~np.isfinite(measured[0]))
+            measured[:, self.find_fitted(rows)] = np.nan
+            found.update(zip((f"embedding{part}" for part in self.directions.parts), measured))
         return {**found, MISSING: np.sum(absent, axis=0, dtype=float) if absent else np.zeros(len(rows))}, codes
+
+    def find_fitted(self, rows: pd.DataFrame) -> np.ndarray:
+        "Which rows are images that the directions were fitted to, (N,)."
+        return np.array([str(sample) in self.fitted for sample in rows["id"]], bool) if self.fitted and "id" in rows else np.zeros(len(rows), bool)
 
     def _place(self, lane: Lane, found: Mapping[str, np.ndarray], codes: Mapping[str, np.ndarray]) -> np.ndarray:
         if lane.column not in codes: return place_values(found[lane.column + lane.part], self.edges[lane.column + lane.part])
@@ -147,6 +156,7 @@ class Ruler:
         if lane.share: return np.where(np.isnan(code), CELLS - 1, code == self.classes[lane.column][lane.part]).astype(np.uint8)
         return place_values(codes[lane.column], self.edges[lane.column + lane.part])
 
+# %% ../../../nbs/api/watch/verdicts/01_scores.ipynb #sc000021
 def _to_numbers(values: pd.Series) -> np.ndarray:
     return pd.to_numeric(values, errors="coerce").to_numpy(float, na_value=np.nan)
 

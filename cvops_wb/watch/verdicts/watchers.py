@@ -210,7 +210,7 @@ def to_milliseconds(times: pd.Series) -> np.ndarray:
 
 # %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #416cb016
 ARRAYS = ("bag", "purses", "climbs", "starts", "peaks", "recent")
-SCANS = ("lanes", "bars", "newest", "looks", "last", "best")
+SCANS = ("lanes", "bars", "newest", "looks", "last", "best", "past")
 
 def dump_watcher(watcher: Watcher) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     "A watcher's memory as plain values and arrays."
