@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.drawing import embed_png, escape, name_metric, to_png, to_table
+from ..core.drawing import embed_png, escape, make_page, name_metric, to_png, to_table
 from ..core.errors import BadRecord
 from ..core.files import dump_json, write_atomic
 from ..core.records import Envelope, Evaluation, ModelVersion, Snapshot, read_envelope
@@ -165,9 +165,6 @@ def _name_effort(training: Mapping[str, float]) -> list[dict[str, str]]:
 
 # %% ../../nbs/api/learn/13_modelcards.ipynb #246f01f3
 _TITLES = {"slices": "By slice", "weak": "Errors on the weakest slices", "errors": "Where it is surest and wrong"}
-_STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse;font-size:13px}"
-          "td,th{border-bottom:1px solid #d0d7de;padding:.2rem .6rem;text-align:left;overflow-wrap:break-word}th,td:first-child{white-space:nowrap}h2{margin-top:2rem}code{background:#f6f8fa;padding:.2em .4em}"
-          "@media(max-width:640px){table{display:block;overflow-x:auto}}</style>")
 
 def write_model_card(
     settings: Settings,
@@ -198,13 +195,11 @@ def read_model_card(settings: Settings, version: ModelVersion) -> dict[str, Any]
 
 def to_html(facts: Mapping[str, Any], pictures: Mapping[str, Any]) -> str:
     "The page, everything in it."
-    title = escape(f"Model card of {facts['name']} {facts['version']}")
     tables = "".join(f"<h2>{escape(heading)}</h2>{to_table(rows)}" for heading, rows in list_sections(facts).items() if rows)
     drawn = "".join(f"<h2>{escape(_TITLES[name])}</h2>{embed_png(picture, _TITLES[name])}" for name, picture in pictures.items())
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in facts["limits"])
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>{_STYLE}<h1>{title}</h1>'
-            f"<h2>Intended use</h2><p>{escape(facts['intended_use'])}</p><h2>Limits</h2><ul>{limits}</ul>{tables}{drawn}"
-            f"<h2>Make it again</h2><p><code>{escape(facts['reproduce'])}</code> trains with the same parameters on the same snapshot and compares the metrics.</p></html>")
+    again = f"<h2>Make it again</h2><p><code>{escape(facts['reproduce'])}</code> trains with the same parameters on the same snapshot and compares the metrics.</p>"
+    return make_page(f"Model card of {facts['name']} {facts['version']}", f"<h2>Intended use</h2><p>{escape(facts['intended_use'])}</p><h2>Limits</h2><ul>{limits}</ul>{tables}{drawn}{again}")
 
 # %% ../../nbs/api/learn/13_modelcards.ipynb #d7f9abb6
 def to_markdown(facts: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:

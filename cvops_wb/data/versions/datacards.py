@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image, ImageDraw
 
-from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, fit_text, load_font, to_png, to_table
+from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, fit_text, load_font, make_page, to_png, to_table
 from ...core.files import dump_json, human_size, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import load_settings
@@ -141,8 +141,6 @@ _MEASURES = ("width", "height", "brightness", "contrast", "sharpness", "entropy"
 
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #ca15d951
 _TITLES = {"classes": "Class balance", "samples": "Samples", "worst": "Worst quality", "map": "Map: what looks alike lies together"}
-_STYLE = ("<style>body{font:15px/1.55 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem;color:#24292f}table{border-collapse:collapse}"
-          "td,th{border-bottom:1px solid #d0d7de;padding:.25rem .75rem;text-align:left}h2{margin-top:2rem}@media(max-width:640px){table{display:block;overflow-x:auto}}</style>")
 
 def write_card(snapshot: Snapshot, out: Path, reader: SnapshotReader | None = None) -> Path:
     "`card.md` and `card.html` with their pictures into a folder; returns the HTML page."
@@ -175,10 +173,9 @@ def _rows(counts: dict[str, int], what: str) -> list[dict[str, Any]]: return [{w
 # %% ../../../nbs/api/data/versions/07_datacards.ipynb #46e69403
 def to_html(facts: dict[str, Any], pictures: dict[str, bytes]) -> str:
     "The page, everything in it."
-    title = escape(f"Data card of snapshot {facts['id']}")
     first, *tables = [f"<h2>{escape(heading)}</h2>{to_table(rows)}" for heading, rows in list_sections(facts).items()]
     drawn = "".join(f"<h2>{escape(_TITLES[name])}</h2>{_embed(picture, _TITLES[name])}" for name, picture in pictures.items())
-    return f'<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>{_STYLE}<h1>{title}</h1>{first}{drawn}{"".join(tables)}'
+    return make_page(f"Data card of snapshot {facts['id']}", f'{first}{drawn}{"".join(tables)}')
 
 def _embed(png: bytes, title: str) -> str:
     return f'<img alt="{escape(title)}" style="max-width:100%" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
