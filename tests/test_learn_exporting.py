@@ -11,6 +11,7 @@ from torchvision.models import VisionTransformer
 from cvops_wb.core.errors import BadInput, BadModel, CvopsError
 from cvops_wb.learn.exporting import (
     ParityFailed,
+    _differ,
     check_parity,
     open_session,
     read_model,
@@ -102,3 +103,13 @@ def test_a_forged_manifest_is_refused(model_folder, files):
 
 def test_no_folder_is_a_clear_error(tmp_path):
     with pytest.raises(CvopsError, match="manifest.json"): read_model(tmp_path/"nothing")
+
+
+def test_ties_at_the_hundredth_box_are_no_disagreement():
+    "Where many boxes score alike, the two sides may keep others of them; what scores more must be on both."
+    rng, sure = np.random.default_rng(0), np.linspace(.9, .5, 60)
+    ours, theirs = (np.concatenate([np.c_[np.arange(60)[:, None] + np.arange(4), sure, np.zeros(60)], np.c_[rng.uniform(0, 64, (40, 4)), np.full(40, .2), np.zeros(40)]]) for _ in range(2))
+    assert _differ(ours[None], theirs[None]) == 0
+    theirs[0, 0] -= 5
+    assert _differ(ours[None], theirs[None]) == 5
+    assert _differ(ours[None, 60:], theirs[None, 60:]) > 1      # all alike: nothing was proved

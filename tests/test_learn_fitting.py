@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 import torch
 
+from cvops_wb.core.errors import WrongUsage
 from cvops_wb.learn.fitting import NoMemory, NotFinite, Run, Step, fit
+from cvops_wb.learn.learners import Learner, LearnSpec
 from cvops_wb.learn.learners.checkpoints import Checkpoints, read_checkpoint
 from cvops_wb.learn.learners.classification import ClassificationLearner, FitSpec
 from cvops_wb.learn.learners.optimizers import SCHEDULES, rate
@@ -155,3 +157,12 @@ def test_compiled_it_learns_the_same():
 def test_deterministic_mode_is_left_as_it_was():
     fit(make(deterministic=True), lambda report: None)
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_image_alone_is_no_batch():
+    "17 images in batches of 8 are three batches of near equal length; what leaves one alone is said, where a network cannot learn from one."
+    spec = LearnSpec(batch=8, crop=32)
+    material = SimpleNamespace(rows=pd.DataFrame({"id": [str(k) for k in range(17)]}), pixels=Pixels(pd.Index([str(k) for k in range(17)]), None), size=32)
+    assert sorted(len(batch) for batch in Learner(build_network("small_resnet:8", 3, 32), material, spec).batches()) == [5, 6, 6]
+    with pytest.raises(WrongUsage, match="one image") as told: Step(make(accumulate=16)).take(torch.arange(16), .5)
+    assert "accumulate" in told.value.fix

@@ -5,9 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cvops_wb.core.errors import MetricMissing
+from cvops_wb.core.errors import MetricMissing, WrongUsage
 from cvops_wb.core.records import Evaluation
-from cvops_wb.core.settings import Gate
+from cvops_wb.core.settings import Gate, load_settings
 from cvops_wb.learn.evaluation import bootstrap, resample_groups
 from cvops_wb.learn.gates import compare, design_effect, judge, paired_interval
 from cvops_wb.learn.tasks import TASKS
@@ -137,3 +137,19 @@ def test_degenerate_evaluations_have_finite_numbers(count):
     for value in task.measure(scores, targets).values(): assert np.isfinite(value).all()
     assert all(np.isfinite(v).all() for v in bootstrap(task, scores, targets, np.arange(count), 20).values())
     assert task.measure(scores, np.full(count, -1))["accuracy"] == 0     # a label that the model does not know is an error
+
+
+@pytest.mark.parametrize("key", ["margin", "slice_margin", "slice_tolerance", "max_latency_ms"])
+def test_a_limit_that_is_no_number_lets_nothing_through(workbench, monkeypatch, key):
+    monkeypatch.setenv(f"CVOPS_GATE_{key.upper()}", "nan")
+    with pytest.raises(WrongUsage, match=f"{key} must be float"): load_settings()
+
+
+def test_few_groups_reach_further():
+    "What groups cost is itself an estimate: of ten groups the interval is wider than the normal one by Student's factor."
+    candidate, champion = paired(600, 30, 2)
+    c = compare(candidate.assign(group=np.arange(600)//60), champion)
+    normal = paired_interval(c.better, c.worse, c.effective)
+    assert c.effective < 600 and c.low < normal[0] - .005 and c.high > normal[1] + .005
+    alone = compare(candidate, champion)
+    assert (alone.low, alone.high) == paired_interval(30, 2, 600)

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from cvops_wb.learn.gates import count_needed, paired_interval
 from cvops_wb.learn.modelcards import choose_threshold, list_limits, read_model_card, sum_costs
 from cvops_wb.learn.registry import find_version, read_events, read_registry, roll_back
 from cvops_wb.loop.cli import main
-from cvops_wb.loop.judging import find_differences
+from cvops_wb.loop.judging import choose_images, find_differences
 
 HOSTILE = "</script><img src=x onerror=alert(1)>| a: [b]"
 
@@ -204,3 +205,9 @@ def test_mlflow_reads_signature_and_example(bench):  # noqa: F811
     folder = str((settings.root/version.model).parent/"mlflow"/str(version.version))
     told = json.loads(call([sys.executable, "-W", "ignore", "-c", text.format(folder, folder)], "look into MLflow").splitlines()[-1])
     assert told[0][0]["tensor-spec"] == {"dtype": "uint8", "shape": [-1, 8, 8, 3]} and [o["name"] for o in told[1]] == ["logits", "embedding"]
+
+
+def test_models_for_different_tasks_are_not_compared():
+    found = [SimpleNamespace(run=f"train-{task}", record=SimpleNamespace(task=task, snapshot="s")) for task in ("classification", "detection")]
+    assert choose_images(found[:1]*2, "") == ("s", "auto")
+    with pytest.raises(WrongUsage, match="different tasks"): choose_images(found, "")

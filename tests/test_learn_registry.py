@@ -17,14 +17,16 @@ from cvops_wb.core.records import Candidate, Envelope, Evaluation
 from cvops_wb.learn import registry
 from cvops_wb.learn.evaluation import predict
 from cvops_wb.learn.exporting import read_model, to_onnx, write_model
-from cvops_wb.learn.networks import Assembled
+from cvops_wb.learn.networks import Assembled, build_network
 from cvops_wb.learn.registry import (
     RegisterSpec,
     append_event,
+    find_rival,
     find_version,
     list_versions,
     locked,
     move_alias,
+    pin_network,
     read_events,
     read_registry,
     register,
@@ -244,3 +246,53 @@ def test_mlflow_out_of_reach_loses_nothing(bench):
     with pytest.warns(UserWarning, match="MLflow did not take this run"):
         version = register(evaluation, RegisterSpec(), settings.reports/"register-1.part")
     assert version.version == 1 and find_version().version == 1
+
+
+def enter(settings, number: int, name: str, network, task: str = "classification") -> None:
+    "A version as registration would leave it, champion."
+    place = f"data/registry/warehouse/{number}"
+    card = {"task": task, "network": name, "classes": ["dark", "light"], "size": 32, "temperature": 1., "snapshot": "s"}
+    identity = write_model(settings.root/place, network, b"", card, pd.DataFrame({"id": ["x"]}))
+    with locked(settings):
+        append_event(settings, event="registered", name="warehouse", version=number, alias="champion", model=place, manifest_sha256=identity, rules=[], passed=True, candidate="c", snapshot="s", metrics={})
+
+
+def test_an_eye_stays_the_version_that_it_was(bench):
+    "`linear:champion` is pinned to a number; a champion that is a head over an eye lends that eye, whoever is champion by then."
+    settings, _ = bench
+    torch.manual_seed(0)
+    first = build_network("small_resnet:8", 2, 32)
+    enter(settings, 1, "small_resnet:8", first)
+    assert [pin_network(name) for name in ("linear:champion", "knn:1", "small_resnet", "")] == ["linear:1", "knn:1", "small_resnet", ""]
+    for number, way in ((2, "knn:1"), (3, "linear:2")):
+        network = build_network(way, 2, 32)
+        network.known, network.names = torch.zeros(7, network.feature_width), torch.zeros(7, 2)      # a memory is as long as what was shown
+        enter(settings, number, way, network)
+    eye = build_network(pin_network("prototypes:champion"), 5, 32).eye
+    assert all(torch.equal(value, eye.state_dict()[name]) for name, value in first.state_dict().items())
+    enter(settings, 4, "heatmap", first, "detection")
+    enter(settings, 5, "linear:champion", first)        # as they were written before they were pinned
+    for number in (4, 5):
+        with pytest.raises(WrongUsage, match="gives no eye"): build_network(f"linear:{number}", 2, 32)
+
+
+def test_a_champion_for_another_task_is_no_measure(bench):
+    settings, _ = bench
+    put(settings, train_toy(settings, "train-1", .001))
+    other = put(settings, replace(train_toy(settings, "train-2", .001001), task="multilabel"))
+    assert not other.passed and "a name of its own" in next(r["why"] for r in other.rules if r["rule"] == "not_worse_than_champion")
+
+
+def test_a_verdict_is_asked_for_again_when_the_champion_has_changed(bench):
+    "The champion to beat belongs to what a register run is keyed by: a refusal against another one is no answer."
+    settings, _ = bench
+    strong, weak, other = (train_toy(settings, f"train-{k}", flaw) for k, flaw in enumerate([.001, .004, .0041]))
+    rivals = lambda e: find_rival(settings, "", e.manifest_sha256)  # noqa: E731
+    assert rivals(weak) == ""
+    put(settings, weak)
+    put(settings, strong)
+    assert (rivals(weak), rivals(strong), rivals(other)) == ("", "1", "2") and not put(settings, other, rival="2").passed
+    move_alias("champion", 1)
+    assert (rivals(strong), rivals(other)) == ("1", "1")
+    with pytest.raises(BadRecord, match="has changed"): put(settings, other, rival="2")
+    assert put(settings, other, rival="1").rules[-3]["rule"] == "not_worse_than_champion"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cvops_wb.core.errors import MetricMissing
+from cvops_wb.core.errors import MetricMissing, UnknownName
 from cvops_wb.core.records import Evaluation, parse_record
 from cvops_wb.core.settings import Gate
 from cvops_wb.learn.gates import (
@@ -18,7 +18,7 @@ from cvops_wb.learn.gates import (
     rule_no_slice_worse,
     rule_slices_held,
 )
-from cvops_wb.learn.slices import list_slices, measure_slices, name_slices, rank_slices, read_wilson
+from cvops_wb.learn.slices import list_fields, list_slices, measure_slices, name_slices, rank_slices, read_wilson
 from cvops_wb.learn.tasks import TASKS
 
 FULL = bool(os.environ.get("CVOPS_FULL"))
@@ -170,3 +170,10 @@ def test_old_records_stay_readable():
     e = Evaluation("t", "s", "test", 2, {"accuracy": .5}, {}, {}, "p")
     old = {k: v for k, v in e.to_dict().items() if k not in ("slices", "task", "main_metric")}
     assert parse_record(old) == e and rank_slices(e) == []
+
+
+def test_a_column_to_slice_by_is_there_or_is_missed():
+    table = pd.DataFrame({"label": ["a", "b"]*10, "shop": ["x", "y"]*10})
+    assert list_fields(table, " shop, label,")[-2:] == ["shop", "label"]
+    assert {"shop=x", "shop=y"} <= {name for names in name_slices(table, fields=list_fields(table, "label, shop")) for name in names}
+    with pytest.raises(UnknownName, match="did you mean 'shop'"): list_fields(table, "shops")

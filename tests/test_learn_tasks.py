@@ -161,6 +161,17 @@ def test_the_task_follows_from_the_labels(label, objects, task): assert choose_t
 def test_several_classes_are_no_label():
     table = pd.DataFrame({"label": [""], "objects": ['[{"box":[0,0,9,9],"label":"cup"},{"box":[0,0,9,9],"label":"jug"}]']})
     with pytest.raises(BadInput, match="task=detection"): check_labels(table)
+    with pytest.raises(BadInput, match="task=multilabel"): check_labels(pd.DataFrame({"label": ["cup", "cup|jug"], "objects": ""}))
+
+
+def test_where_all_is_even_rounding_does_not_choose():
+    "An even part of a heat map is all peak, or none of it: two runtimes that differ in the seventh digit find the same boxes."
+    heat, box = torch.full((1, 1, 8, 8), -2.), torch.zeros(1, 4, 8, 8)
+    heat[0, 0, 5, 5] = 1.
+    noise = 1e-6*torch.rand(heat.shape, generator=torch.Generator().manual_seed(0))
+    first, second = (heatmap.find_peaks(h, box)[0] for h in (heat, heat + noise))
+    kept = [{tuple(row[:4].tolist()) for row in found if row[4] > .01} for found in (first, second)]
+    assert kept[0] == kept[1] and len(kept[0]) == 64 - 8
 
 
 def test_a_network_for_another_task():
@@ -179,3 +190,21 @@ def test_torchvision_s_segmenters(name, classes):
 @pytest.mark.parametrize("side, want", [(8, 32), (28, 64), (64, 128), (348, 128)])
 def test_small_images_are_not_blown_up(side, want):
     assert TASKS["classification"]().choose_size(pd.DataFrame({"width": [side]*3 + [4000], "height": [side + 20]*4})) == want
+
+
+@pytest.mark.parametrize("count, fits", [(0, []), (1, ["detection", "segmentation"]), (255, ["detection", "segmentation"]), (256, ["detection"])])
+def test_classes_that_can_be_told_apart(count, fits):
+    "A mask of bytes holds 255 classes; without an object there is nothing to learn."
+    table = pd.DataFrame({"objects": ["[]", *(json.dumps([{"box": [0, 0, 4, 4], "label": f"c{k}"}]) for k in range(count))]})
+    for name in ("detection", "segmentation"):
+        if name in fits: assert len(TASKS[name]().list_classes(table, [])) == count
+        else:
+            with pytest.raises(BadInput, match="classes"): TASKS[name]().list_classes(table, [])
+
+
+def test_what_reaches_out_of_an_image_is_cut_off():
+    "A box that is found whole as far as it can be seen is right; one outside is not missed."
+    rows = pd.DataFrame({"objects": [json.dumps([{"box": [-20, 10, 30, 20], "label": "cup"}, {"box": [70, 0, 9, 9], "label": "cup"}])], "width": [64], "height": [64]})
+    task = TASKS["detection"]()
+    targets = task.to_targets(rows, ["cup"])
+    assert targets[0].tolist() == [[0, 10, 10, 30, 0]] and task.measure([np.array([[0, 10, 10, 30, .9, 0]])], targets)["map50"] == 1

@@ -252,10 +252,18 @@ def test_torchvision_trains_too(shelf):
     assert run_model(read_model(locate(candidate.model)), images).logits.shape == (3, 4) and candidate.parameters > 1e6
 
 
+def test_a_network_for_one_size_learns_at_that_size(shelf):
+    "The pictures of a transformer cannot grow."
+    settings, snapshot = shelf
+    candidate = train(snapshot, replace(TINY, network="timm:vit_tiny_patch16_224", epochs=1, size=64), room(settings, "train-fixed"))
+    assert candidate.metrics["parity"] < 1e-2 and candidate.size == 64
+
+
 @pytest.mark.parametrize("change, error, message", [
     ({"epochs": -1}, WrongUsage, "epochs"), ({"size": 8}, WrongUsage, "size"), ({"batch_size": 1}, WrongUsage, "batch_size"), ({"lr": -1.}, WrongUsage, "lr"),
-    ({"lr": float("nan")}, WrongUsage, "lr"), ({"minutes": -1., "epochs": 0}, WrongUsage, "more than nothing"), ({"minutes": 5.}, WrongUsage, "leave one of them"), ({"minutes": 1e-6, "epochs": 0}, WrongUsage, "not one epoch"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
-    ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"), ({"lr": 1e30}, Diverged, "smaller lr"),
+    ({"lr": float("nan")}, WrongUsage, "lr"), ({"flips": "sometimes"}, WrongUsage, "sides"), ({"clip": float("inf")}, WrongUsage, "clip"), ({"minutes": -1., "epochs": 0}, WrongUsage, "more than nothing"), ({"minutes": 5.}, WrongUsage, "leave one of them"), ({"minutes": 1e-6, "epochs": 0}, WrongUsage, "not one epoch"), ({"accumulate": -1}, WrongUsage, "accumulate"), ({"schedule": "cosin"}, WrongUsage, "one-cycle"), ({"network": "resnet"}, UnknownName, "network"), ({"task": "classify"}, UnknownName, "classification"),
+    ({"device": "tpu"}, WrongUsage, "no such device"), ({"weights": "w.pth"}, WrongUsage, "safetensors"),
+    ({"network": "linear", "task": "multilabel"}, WrongUsage, "small_resnet"), ({"network": "linear:9"}, WrongUsage, "no version '9'"), ({"lr": 1e30}, Diverged, "smaller lr"),
 ])
 def test_what_cannot_be_trained(shelf, change, error, message):
     settings, snapshot = shelf

@@ -223,6 +223,8 @@ def _make(cls: type, section: str, given: dict[str, str]) -> Any:
 def parse_value(text: str, kind: type, name: str) -> Any:
     "Text as `str`, `int`, `float` or `bool`; `WrongUsage` if it is none."
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    try: return words[text.lower()] if kind is bool else kind(text.replace("_", "") if kind is int else text)
-    except (ValueError, KeyError):
-        raise WrongUsage(f"{name} must be {kind.__name__}", got=repr(text), fix=f"give a value such as {kind() if kind is not bool else 'true'!r}") from None
+    try: value = words[text.lower()] if kind is bool else kind(text.replace("_", "") if kind is int else text)
+    except (ValueError, KeyError): value = None
+    if value is None or value != value:     # nan lies on no side of any limit: a gate would let everything through
+        raise WrongUsage(f"{name} must be {kind.__name__}", got=repr(text), fix=f"give a value such as {kind() if kind is not bool else 'true'!r}")
+    return value

@@ -22,7 +22,7 @@ _rooms = {
     "write_model_card": "modelcards", "read_model_card": "modelcards", "roll_back": "registry", "read_registry": "registry",
     "judge": "gates", "compare": "gates",
     "compare_models": "comparison", "draw_curves": "comparison", "draw_differences": "comparison", "draw_disagreements": "comparison",
-    "register": "registry", "RegisterSpec": "registry", "list_versions": "registry", "find_version": "registry", "move_alias": "registry",
+    "register": "registry", "RegisterSpec": "registry", "list_versions": "registry", "find_version": "registry", "pin_network": "registry", "find_rival": "registry", "move_alias": "registry",
     "draw_verdict": "registry", "read_events": "registry", "mirror_version": "registry",
     "rebuild_tracking": "tracking", "tracking_uri": "tracking",
     "read_model": "exporting", "write_model": "exporting", "run_model": "exporting", "Model": "exporting",

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.drawing import COLOURS, LINE, draw_grid, draw_matrix, draw_note, name_metric, new_figure, write_picture
+from ..core.drawing import COLOURS, LINE, draw_grid, draw_matrix, draw_note, name_metric, new_figure, shorten, write_picture
 from ..core.files import write_atomic
 from ..core.places import locate, name_final
 from ..core.records import Candidate, Evaluation
 from ..core.settings import load_settings
 from .exporting import Model, open_session, read_model, run_model
 from .loading import Pixels, open_split, read_photos
-from .slices import FIELDS, draw_slices, measure_slices, name_slices, read_wilson, tell_error
+from .slices import FIELDS, draw_slices, list_fields, measure_slices, name_slices, read_wilson, tell_error
 from .tasks import TASKS
 from .tasks.classification import find_chance
 from .tracking import Tracker, name_metrics, tracked
@@ -91,7 +91,7 @@ def evaluate(
     task = TASKS[candidate.task]()
     rows, pixels, split = open_split(settings, spec.snapshot or candidate.snapshot, spec.split, model.size, task.truth)
     with tracked(settings, run, enabled=spec.track) as tracker:
-        table, scores = predict(task, model, rows, pixels, [*FIELDS, *spec.slices.split(",")])
+        table, scores = predict(task, model, rows, pixels, list_fields(rows, spec.slices))
         metrics, intervals, classes = measure_all(task, model, table, scores, spec)
         if task.is_one_sided(task.to_targets(table, model.classes, model.size)):
             planted = measure_damaged(task, model, pixels.take(rows["id"]), table, scores, spec)
@@ -193,7 +193,7 @@ def draw_metrics(evaluation: Evaluation) -> Any:
     for k, name in enumerate(reversed(names)):
         axes.plot(evaluation.intervals[name], [k, k], color=COLOURS[0], linewidth=5, alpha=.35, solid_capstyle="butt")
         axes.plot(evaluation.metrics[name], k, "o", color=COLOURS[0], clip_on=False)
-    if (chance := evaluation.metrics.get("chance")) is not None:
+    if (chance := evaluation.metrics.get("chance")) is not None and "accuracy" in names:
         place = len(names) - 1 - names.index("accuracy")
         axes.plot([chance]*2, [place - .3, place + .3], color=COLOURS[3])
         axes.annotate("chance", (chance, place + .32), ha="center", fontsize=7, color=COLOURS[3])
@@ -218,7 +218,7 @@ def draw_classes(evaluation: Evaluation, most: int = 40) -> Any:
     seen = [item for item in evaluation.per_class.items() if item[1]["count"]]
     worst = sorted(seen, key=lambda item: item[1]["f1"])[:most]
     figure, axes = new_figure(size=(6.4, .7 + .2*len(worst)))
-    axes.barh([f"{name[:26]} ({values['count']:.0f})" for name, values in worst][::-1], [values["f1"] for _, values in worst][::-1], color=COLOURS[0])
+    axes.barh([f"{shorten(name, 26)} ({values['count']:.0f})" for name, values in worst][::-1], [values["f1"] for _, values in worst][::-1], color=COLOURS[0])
     axes.set(title=f"F1 by class; macro {_say(evaluation, 'macro_f1')}", xlim=(0, 1))
     axes.grid(False, axis="y")
     return figure

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GAIN', 'TURNS', 'REQUIRED', 'to_onnx', 'open_session', 'ParityFailed', 'check_parity', 'choose_precision',
-           'time_sessions', 'quantize', 'hush_log', 'write_model', 'Model', 'read_model', 'Outputs', 'run_session',
-           'run_model']
+           'say_forms', 'time_sessions', 'quantize', 'hush_log', 'write_model', 'Model', 'read_model', 'Outputs',
+           'run_session', 'run_model']
 
 # %% ../../nbs/api/learn/06_exporting.ipynb #82dad951
 import hashlib
@@ -102,7 +102,13 @@ def _differ(wanted: np.ndarray, got: np.ndarray) -> float:
     if not _are_boxes(wanted): return float(np.abs(wanted - got).max(initial=0))
     pairs = [(b, a) if turn else (a, b) for a, b in zip(wanted, got, strict=True) for turn in (0, 1)]
     kept = [(a[a[:, 4] >= .01], b) for a, b in pairs]   # below, no task reads a box
+    kept = [(_cut_ties(a, b), b) for a, b in kept]
     return max((float(np.abs(a[:, None] - b[None]).max(2).min(1).max(initial=0)) for a, b in kept), default=0.)
+
+def _cut_ties(ours: np.ndarray, theirs: np.ndarray, near: float = 1e-4) -> np.ndarray:
+    "Boxes (M, 6) without those that score no more than the last of the other side: of equals any may be the hundredth. All of them where all are equal."
+    above = ours[ours[:, 4] > theirs[:, 4].min() + near]
+    return above if len(above) else ours
 
 # %% ../../nbs/api/learn/06_exporting.ipynb #q8000002
 GAIN, TURNS = .9, 15    # of the time that eight bits may need; runs of each form
@@ -119,7 +125,12 @@ def choose_precision(
     times = time_sessions(sessions, images[:1])
     facts = {name: {"ms": round(times[name], 3), "metric": round(float(judge(session)), 5), "bytes": len(forms[name])} for name, session in sessions.items()}
     taken = "int8" if times["int8"] <= GAIN*times["fp32"] and facts["fp32"]["metric"] - facts["int8"]["metric"] <= tolerance else "fp32"
+    print(f"precision: {taken} is taken; {say_forms(facts)}", flush=True)
     return forms[taken], {"taken": taken, "tolerance": tolerance, **facts}
+
+def say_forms(facts: Mapping[str, Any]) -> str:
+    "What was measured of each form, in words."
+    return ", ".join(f"{name} {facts[name]['ms']:.3g} ms an image, {facts[name]['metric']:.4f} on val, {facts[name]['bytes']/1e6:.3g} MB" for name in ("fp32", "int8") if name in facts)
 
 def time_sessions(sessions: Mapping[str, Any], images: np.ndarray) -> dict[str, float]:
     "Milliseconds of a run of each, turn about; the median."

@@ -84,9 +84,10 @@ def compare(
     effect = design_effect(differences, both["group"].to_numpy())
     better, worse, effective = (differences > 0).sum()/effect, (differences < 0).sum()/effect, len(both)/effect
     middle, whole = float(differences.mean()), np.isin(differences, (-1., 0., 1.)).all()
-    if whole: return Comparison(version, middle, *paired_interval(better, worse, effective, z), len(both), better, worse, effective)
+    far = find_quantile(NormalDist().cdf(z), max(both["group"].nunique() - 1, 1))
+    if whole: return Comparison(version, middle, *paired_interval(better, worse, effective, far if effect > 1 else z), len(both), better, worse, effective)     # what groups cost was estimated, too
     spread = float(differences.std(ddof=1))/math.sqrt(effective)
-    reach = spread*find_quantile(NormalDist().cdf(z), max(both["group"].nunique() - 1, 1))
+    reach = spread*far
     return Comparison(version, middle, middle - reach, middle + reach, len(both), better, worse, effective, "correctness an image", spread)
 
 def find_quantile(level: float, freedom: int) -> float:

@@ -180,8 +180,9 @@ def take_split(
     rows = table[(table["split"] == split) & (known | (not labelled))]
     if len(rows): return rows.reset_index(drop=True)
     counts = table["split"].value_counts().to_dict()
+    how = "ingest boxes or outlines (COCO, YOLO, VOC, masks)" if truth == "objects" else "ingest sub-folders a class or a CSV of path,label"
     fix = ("curate again with a larger share for it (`cvops curate -p val=0.2`), and take a new snapshot" if known.any() else
-           "nothing is labelled for this task yet: ingest sub-folders a class or a CSV of path,label, or write labels with `cvops relabel`, and take a new snapshot; where all are good ones, and what differs shall be found: cvops train -p task=anomaly")
+           f"nothing is labelled for this task yet: {how}, or write labels with `cvops relabel`, and take a new snapshot; where all are good ones, and what differs shall be found: cvops train -p task=anomaly")
     raise BadInput(f"the split {split!r} holds no labelled sample", got=f"samples by split: {counts}", fix=fix)
 
 def check_classes(rows: pd.DataFrame, split: str = "train") -> int:

@@ -22,7 +22,7 @@ from ..core.files import dump_json, write_atomic
 from ..core.records import Envelope, Evaluation, ModelVersion, Snapshot, read_envelope
 from ..core.settings import Card, Settings
 from .evaluation import draw_errors, read_scores, resample_groups
-from .exporting import Model, read_model
+from .exporting import Model, read_model, say_forms
 from .tracking import place_beside
 from .slices import draw_slice_errors, draw_slices, rank_slices
 
@@ -59,7 +59,7 @@ def gather_facts(settings: Settings, version: ModelVersion, evaluation: Evaluati
     said, record = model.card, trained.record if trained else None
     return {
         "name": version.name, "version": version.version, "alias_when_registered": version.alias, "manifest_sha256": version.manifest_sha256,
-        "task": evaluation.task, "network": said["network"], "classes": list(said["classes"]), "image_size": said["size"], "parameters": said["parameters"],
+        "task": evaluation.task, "network": said["network"], "precision": said.get("precision", {}), "classes": list(said["classes"]), "image_size": said["size"], "parameters": said["parameters"],
         "snapshot": version.snapshot, "data_card": find_data_card(settings, version.snapshot), "split": evaluation.split, "images": evaluation.count,
         "main_metric": evaluation.main_metric, "metrics": evaluation.metrics, "intervals": evaluation.intervals, "slices": rank_slices(evaluation),
         "per_class": evaluation.per_class, "rules": version.rules, "threshold": measure_threshold(model, evaluation, settings.card),
@@ -149,6 +149,7 @@ def _count_first(heading: str, rows: Sequence[Any]) -> str:
 def _name_model(facts: Mapping[str, Any]) -> list[dict[str, str]]:
     "What it is, in words."
     said = {"task": facts["task"], "network": facts["network"] + (f", {facts['parameters']:,} parameters" if facts["parameters"] > 100 else ""), "weights it began with": facts["began_with"],
+            "precision": f"{facts['precision']['taken']}: {say_forms(facts['precision'])}" if facts.get("precision") else "",
             "images go in at": f"{facts['image_size']} × {facts['image_size']} pixels",
             "judged on": f"{facts['images']:,} images of {facts['split']}, snapshot {facts['snapshot']}", "trained by": facts["candidate"],
             "manifest, SHA-256": facts["manifest_sha256"], "data card": facts["data_card"] or "not in reports/ any more"}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Event', 'read_events', 'append_event', 'locked', 'read_registry', 'list_versions', 'UnknownVersion', 'find_version',
-           'RegisterSpec', 'register', 'check_name', 'who', 'compare_champion', 'keep_files', 'move_alias', 'roll_back',
-           'draw_verdict', 'mirror_registry', 'mirror_version']
+           'pin_network', 'RegisterSpec', 'register', 'check_name', 'who', 'find_rival', 'compare_champion',
+           'keep_files', 'move_alias', 'roll_back', 'draw_verdict', 'mirror_registry', 'mirror_version']
 
 # %% ../../nbs/api/learn/11_registry.ipynb #83a6155e
 import fcntl
@@ -116,6 +116,13 @@ def find_version(
     raise UnknownVersion(f"the model {name!r} has no version {which!r}", got=f"registered: {known}",
                          fix="run `cvops register`, or `cvops pull` in a clone")
 
+def pin_network(
+    network: str,   # by name: small_resnet, linear:champion, …
+) -> str:
+    "The same network; an alias in it is replaced by the number of the version that bears it now, for it may move."
+    way, _, eye = network.partition(":")
+    return f"{way}:{find_version(eye).version}" if eye in ("champion", "challenger") else network
+
 # %% ../../nbs/api/learn/11_registry.ipynb #3fc038a3
 @dataclass(frozen=True)
 class RegisterSpec:
@@ -124,6 +131,7 @@ class RegisterSpec:
     by: str = ""        # who registers; the user of the machine if not given
     track: bool = True  # show it in MLflow too
     push: bool = True   # send the registry to the remote of settings.ini, so that a clone that pulls knows its champion
+    rival: str = ""     # number of the champion that is to be beaten, as the runner found it; empty: whichever there is
 
 def register(
     evaluation: Evaluation,
@@ -135,7 +143,7 @@ def register(
     name = check_name(spec.name or settings.workbench.name)
     read_model(locate(evaluation.model, settings.root), evaluation.manifest_sha256)
     with tracked(settings, evaluation.candidate, enabled=spec.track) as tracker:
-        with locked(settings): version = _find_known(settings, name, evaluation) or _decide(settings, name, evaluation, spec.by or who())
+        with locked(settings): version = _find_known(settings, name, evaluation) or _decide(settings, name, evaluation, spec)
         if version.passed: _describe(settings, version, evaluation, out)
         _version_data(f"{name} version {version.version}: {version.alias}" if version.passed else f"{name}: a candidate was refused", spec.push)
         tracker.describe({}, {"cvops.verdict": f"version {version.version}" if version.passed else "refused"})
@@ -166,13 +174,22 @@ def _version_data(message: str, push: bool) -> str:
     from cvops_wb.data import version_data
     return version_data(message, push)
 
+def find_rival(settings: Settings, name: str, manifest: str) -> str:
+    "The number of the champion that a model, by its manifest, was judged against, or would be now; empty if there was none."
+    rival = ""
+    for event in (e for e in read_events(settings) if e["name"] == (name or settings.workbench.name)):
+        if event["event"] == "registered" and event["manifest_sha256"] == manifest: return rival
+        if event["event"] != "refused" and event.get("alias") == "champion": rival = str(event["version"])
+    return rival
+
 def _find_known(settings: Settings, name: str, evaluation: Evaluation) -> ModelVersion | None:
     return next((v for v in read_registry(settings).get(name, []) if v.manifest_sha256 == evaluation.manifest_sha256), None)
 
 # %% ../../nbs/api/learn/11_registry.ipynb #349dbbba
-def _decide(settings: Settings, name: str, evaluation: Evaluation, by: str) -> ModelVersion:
-    versions = read_registry(settings).get(name, [])
+def _decide(settings: Settings, name: str, evaluation: Evaluation, spec: RegisterSpec) -> ModelVersion:
+    versions, by = read_registry(settings).get(name, []), spec.by or who()
     champion = next((v for v in versions if v.alias == "champion"), None)
+    if spec.rival and spec.rival != str(champion.version if champion else ""): raise BadRecord("the champion has changed since this run was planned", got=f"version {champion.version if champion else 'none'}, it was {spec.rival}", fix="register again")
     comparison, slices = compare_champion(settings, evaluation, champion) if champion else (None, None)
     rules = judge(evaluation, settings.gate, comparison, slices)
     passed = all(rule["passed"] for rule in rules)
@@ -197,6 +214,9 @@ def _refuse(settings: Settings, verdict: ModelVersion, by: str) -> ModelVersion:
 def compare_champion(settings: Settings, evaluation: Evaluation, champion: ModelVersion) -> tuple[Comparison | MetricMissing, list[Comparison] | MetricMissing]:
     "Ask the champion's file about the images that the candidate was evaluated on: all of them, and slice by slice."
     model = read_model(settings.root/champion.model, champion.manifest_sha256)
+    if model.card["task"] != evaluation.task:
+        other = MetricMissing(f"the champion, version {champion.version}, is a model for {model.card['task']}, this one for {evaluation.task}: register it under a name of its own, -p name=NAME")
+        return other, other
     task = TASKS[model.card["task"]]()
     rows, pixels, _ = open_split(settings, evaluation.snapshot, evaluation.split, model.size, task.truth)
     table, _ = predict(task, model, rows, pixels)

@@ -31,7 +31,7 @@ from ..core.records import Candidate, Snapshot
 from ..core.settings import Settings, load_settings
 from .exporting import check_parity, choose_precision, open_session, read_model, run_session, to_onnx, write_model
 from .fitting import Effort, NotFinite, fit
-from .learners import LEARNERS, Learner, LearnSpec
+from .learners import FLIPS, LEARNERS, Learner, LearnSpec
 from .learners.budgets import check_minutes, find_budget, keep_budget
 from .learners.checkpoints import Checkpoints
 from .learners.classification import ClassificationLearner, FitSpec, name_finer
@@ -42,6 +42,7 @@ from .mirrors import gather_run, list_mirrors, mirror_run
 from .learners.shots import recall_all
 from .networks import build_network
 from .networks.shots import Shots
+from .registry import pin_network
 from .tasks import TASKS, check_labels, choose_task
 from .tasks.classification import find_chance
 from .tasks.looks import draw_found
@@ -83,8 +84,9 @@ def check_spec(spec: TrainSpec) -> None:
     if spec.precision not in ("fp32", "auto"): raise WrongUsage("there is no such precision", got=spec.precision, fix="fp32, or auto: int8 where that is quicker and as good")
     for name, least in {"epochs": 0, "size": 32, "batch_size": 2, "lr": 0, "clip": 0, "accumulate": 1, "patience": 0, "class_weights": 0}.items():
         value = getattr(spec, name)
-        if value != 0 and not value >= least: raise WrongUsage(f"{name} is too small", got=value, fix=f"{least} or more")
-    if spec.schedule not in SCHEDULES: raise WrongUsage("there is no such schedule", got=spec.schedule, fix=", ".join(SCHEDULES))
+        if value != 0 and not least <= value < math.inf: raise WrongUsage(f"{name} cannot be this", got=value, fix=f"{least} or more")
+    for name, known in {"schedule": SCHEDULES, "flips": FLIPS}.items():
+        if getattr(spec, name) not in known: raise WrongUsage(f"there is no such {name}", got=getattr(spec, name), fix=", ".join(known))
 
 def choose_epochs(images: int, task: Any = TASKS["classification"]) -> int:
     "The recipe's epochs for as many images as it was chosen with; of more images fewer passes, of very many still eight."
@@ -100,12 +102,12 @@ def complete(spec: TrainSpec, snapshot: Snapshot) -> TrainSpec:
     name = choose_task(table) if spec.task == "auto" else spec.task
     task, images = TASKS[name](), snapshot.splits.get("train", 0)
     if name == "classification" and not spec.network and spec.weights in ("", "auto", "scratch") and images < FEW*len(snapshot.classes): print(HINT.format(images, len(snapshot.classes)), flush=True)
-    return replace(spec, task=name, network=spec.network or task.network, size=spec.size or task.choose_size(table),
+    return replace(spec, task=name, network=pin_network(spec.network) or task.network, size=spec.size or task.choose_size(table),
                    batch_size=spec.batch_size or task.batch, epochs=spec.epochs or choose_epochs(images, task))
 
 def check_task(network: Any, spec: TrainSpec) -> Any:
     "The network, if it is made for the task; else `WrongUsage`."
-    made = "classification" if spec.task == "multilabel" else spec.task
+    made = "classification" if spec.task == "multilabel" and not isinstance(network, Shots) else spec.task     # what is fitted at one look tells one label
     if network.task == made: return network
     raise WrongUsage(f"{spec.network} is a network for {network.task}", got=f"task {spec.task}", fix=f"network={TASKS[spec.task].network}, or task={network.task}")
 
@@ -237,6 +239,7 @@ def make_learner(network: Any, material: "Material", spec: TrainSpec) -> tuple[A
     "The recipe, and what the task brings to the loop; one label an image has a recipe for pictures that grow."
     if spec.task == "classification":
         recipe = shorten_memory(to_fit(spec, network.mean, network.std), len(material.rows))
+        if network.fixed: recipe = replace(recipe, size=spec.size, start_size=spec.size)    # its pictures cannot grow
         return recipe, ClassificationLearner(network, material, recipe, name_finer(material.rows) if spec.folders else None)
     recipe = LearnSpec(spec.epochs, spec.batch_size, flips=spec.flips, seed=spec.seed, every=max(1, spec.epochs//TASKS[spec.task].checks), **pick_shared(spec))
     recipe = replace(recipe, lr=spec.lr or recipe.lr)

@@ -49,6 +49,12 @@ def prepare_run(settings: Settings, name: str, given: Mapping[str, Any] | None =
     if "before" in parameters and "batch" in inputs:
         from cvops_wb.data import find_before
         parameters["before"] = find_before(inputs["batch"].record, parameters["before"] or "", settings)
+    if "rival" in parameters and "evaluation" in inputs:
+        from cvops_wb.learn import find_rival
+        parameters["rival"] = find_rival(settings, parameters["name"], inputs["evaluation"].record.manifest_sha256)
+    if str(parameters.get("network")).endswith((":champion", ":challenger")):
+        from cvops_wb.learn import pin_network
+        parameters["network"] = pin_network(parameters["network"])
     if parameters.get("decided") == "":
         from cvops_wb.data import sign_decisions
         parameters["decided"] = sign_decisions(settings)

@@ -80,7 +80,9 @@ def spread_marks(rows: list[dict[str, str]], label: str = "") -> tuple[list[dict
     found = find_columns(names)
     marks = [name for name in names if name not in found.values() and {row[name].strip() for row in rows} <= {"0", "1", "0.0", "1.0"}]
     if label or len(marks) < 2 or {"label", "objects"} & set(found) or _find_corners(names): return rows, []
-    return [{**{name: value for name, value in row.items() if name not in marks}, "label": "|".join(name.strip() for name in marks if float(row[name]))} for row in rows], marks
+    said = ["|".join(name.strip() for name in marks if float(row[name])) for row in rows]
+    looked = [{"objects": "" if text else "[]"} for text in said] if not all(said) else [{}]*len(rows)      # somebody looked, and there is nothing
+    return [{name: value for name, value in row.items() if name not in marks} | {"label": text} | seen for row, text, seen in zip(rows, said, looked)], marks
 
 def choose_columns(rows: list[dict[str, str]], label: str = "") -> dict[str, str]:
     "The columns, and of several that may be the label none is guessed: `BadInput` asks which."

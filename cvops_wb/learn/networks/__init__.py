@@ -27,6 +27,7 @@ class Network(nn.Module):
     dropout: nn.Module      # before the head, in training
     feature_width: int      # D
     task: str = "classification"    # what its head is made for
+    fixed: bool = False     # takes images of the size alone that it was built for
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         "Embeddings (N, D)."
@@ -79,7 +80,11 @@ def check_weights_file(path: Path | str) -> Path:
     return path
 
 # %% ../../../nbs/api/learn/networks/00_init.ipynb #133be5ae
-def load_weights(network: Network, path: Path | str) -> list[str]:
+def load_weights(
+    network: Network,
+    path: Path | str,
+    part: str = "",     # beginning of the names that are meant, and are read without it
+) -> list[str]:
     "Fill `network` from a `.safetensors` file; returns the names that were left as they are: the head's or none."
     with needs("train"):
         from safetensors import SafetensorError
@@ -87,7 +92,7 @@ def load_weights(network: Network, path: Path | str) -> list[str]:
     path = check_weights_file(path)
     try: found = load_file(path)
     except (SafetensorError, OSError) as e: raise BadModel("the file of weights cannot be read", got=f"{path}: {e}", fix="copy it anew") from e
-    return fill(network, found, str(path))
+    return fill(network, {name.removeprefix(part): value for name, value in found.items() if name.startswith(part)}, str(path))
 
 def fill(network: Network, found: dict[str, torch.Tensor], source: str) -> list[str]:
     "Put tensors into a network by name; returns the names of the head that did not fit, raises `BadModel` for others."

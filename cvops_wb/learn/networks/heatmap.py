@@ -94,7 +94,7 @@ def to_boxes(raw: Tensor) -> Tensor:
 def find_peaks(heat: Tensor, box: Tensor, most: int = MOST) -> Tensor:
     "The highest peaks as boxes (N, most, 6): x1 y1 x2 y2 score class, in pixels."
     warmth = heat.float().sigmoid()
-    peaks = warmth*(functional.max_pool2d(warmth, 3, 1, 1) == warmth)
+    peaks = warmth*(functional.max_pool2d(warmth, 3, 1, 1) - warmth <= 1e-6)     # where all is even, rounding does not choose
     cells = heat.shape[-1]*heat.shape[-2]
     scores, places = peaks.flatten(1).topk(min(most, cells*heat.shape[1]))
     corners = to_boxes(box).flatten(2).permute(0, 2, 1).gather(1, (places % cells)[..., None].expand(-1, -1, 4))*STRIDE

@@ -25,17 +25,18 @@ def build_timm(
     name = variant.partition(".")[0]
     if not timm.is_model(name): raise UnknownName("architecture of timm", variant, timm.list_models(), fix="write it as timm:resnet18")
     if weights not in ("", "pretrained"): raise WrongUsage("weights of timm are called `pretrained`", got=weights, fix="pretrained, a .safetensors file, or empty")
-    body = make_body(variant, size)
+    body, fixed = make_body(variant, size)
     network = Assembled(body, nn.Linear(count_features(body, size), classes))
+    network.fixed = fixed
     if weights: fill(network, fetch_timm(variant), f"timm:{variant}")
     network.mean, network.std = (tuple(body.pretrained_cfg[key]) for key in ("mean", "std"))
     return network
 
-def make_body(variant: str, size: int) -> nn.Module:
-    "An architecture without its head; built for a size of images where it depends on that."
+def make_body(variant: str, size: int) -> tuple[nn.Module, bool]:
+    "An architecture without its head, and whether it is built for this size of images alone."
     import timm
-    try: return timm.create_model(variant, pretrained=False, num_classes=0, img_size=size)
-    except TypeError: return timm.create_model(variant, pretrained=False, num_classes=0)      # convolutions take any size
+    try: return timm.create_model(variant, pretrained=False, num_classes=0, img_size=size), True
+    except TypeError: return timm.create_model(variant, pretrained=False, num_classes=0), False      # convolutions take any size
 
 def count_features(body: nn.Module, size: int) -> int:
     "The length of its embedding: some have a layer before the head that `num_features` does not count."

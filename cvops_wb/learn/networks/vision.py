@@ -127,5 +127,6 @@ def build_vision(
     model = models.get_model(variant, weights=None, **({"image_size": size} if variant.startswith("vit_") else {}))
     head = take_head(model)
     network = Assembled(model, nn.Linear(head.in_features, classes))
+    network.fixed = variant.startswith("vit_")
     if weights: fill(network, fetch_weights(variant, weights), f"{variant}/{weights}")
     return network

@@ -77,12 +77,17 @@ class Task:
         "Scores out of the cells of a table."
         return np.stack([np.asarray(cell, np.float32) for cell in cells])
 
+# %% ../../../nbs/api/learn/tasks/00_init.ipynb #0b7ec701
 class ObjectTask(Task):
     "A task whose truth lies within the image: its classes are those of the objects, and small things need every pixel."
+    most_classes = 10_000
 
     def list_classes(self, table: pd.DataFrame, classes: Sequence[str]) -> list[str]:
-        "Those that an object bears."
-        return list_labels(table["objects"])
+        "Those that an object bears; `BadInput` if there is none, or too many."
+        found = list_labels(table["objects"])
+        if 0 < len(found) <= self.most_classes: return found
+        raise BadInput("there are too many classes" if found else "there is no object to learn from", got=f"{len(found)} classes in {len(table)} images",
+                       fix=f"ingest boxes or outlines of 1 to {self.most_classes:,} classes, and take a new snapshot")
 
     def choose_size(self, table: pd.DataFrame) -> int:
         "What half of the images have room in, a multiple of 32, at most the task's own."
@@ -115,7 +120,9 @@ def find_good(table: pd.DataFrame) -> str:
     raise BadInput("nothing says which images are good", got=f"labels: {', '.join(named[:6])}", fix="name one of the labels 'good', and take a new snapshot")
 
 def check_labels(table: pd.DataFrame) -> None:
-    "`BadInput` where images cannot have one label because they hold objects of several classes."
+    "`BadInput` where images cannot have one label because they bear several, or hold objects of several classes."
+    several = table["label"].str.contains("|", regex=False)
+    if several.any(): raise BadInput("these images bear several labels, and a classifier gives one", got=f"{several.sum()} of {len(table)} images", fix="-p task=multilabel")
     torn = (table["label"] == "") & (table["objects"].str.len() > 2)
     if torn.any():
         raise BadInput("these images hold objects of several classes, so they have no one label to classify by", got=f"{torn.sum()} of {len(table)} images",

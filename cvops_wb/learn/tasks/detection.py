@@ -7,6 +7,7 @@ __all__ = ['read_boxes', 'shift_scores', 'to_image', 'measure', 'measure_classes
 
 # %% ../../../nbs/api/learn/tasks/03_detection.ipynb #8d11ba9e
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,16 @@ from .boxes import LIMITS, average_precision, choose_threshold, confuse_boxes, c
 def read_boxes(
     text: str,                      # of the column `objects`
     classes: Sequence[str],
+    width: float = math.inf,        # of the image: what reaches out of it is cut off, for nothing can be found there
+    height: float = math.inf,
 ) -> np.ndarray:
     "The true boxes (K, 5) of one image, x1 y1 x2 y2 class, in its pixels; without those of other classes and crowds."
     index = {name: k for k, name in enumerate(classes)}
     rows = [[x, y, x + w, y + h, index[each["label"]]] for each in (json.loads(text) if text else ()) for x, y, w, h in [each["box"]]
-            if each["label"] in index and not each.get("attributes", {}).get("iscrowd") and w > 0 and h > 0]
-    return np.array(rows, np.float64).reshape(-1, 5)
+            if each["label"] in index and not each.get("attributes", {}).get("iscrowd")]
+    boxes = np.array(rows, np.float64).reshape(-1, 5)
+    boxes[:, :4] = np.clip(boxes[:, :4], 0, [width, height, width, height])
+    return boxes[(boxes[:, 2:4] > boxes[:, :2]).all(1)]
 
 # %% ../../../nbs/api/learn/tasks/03_detection.ipynb #d1b226e3
 def shift_scores(scores: np.ndarray, odds: float) -> np.ndarray:
@@ -92,7 +97,7 @@ class Detection(ObjectTask):
 
     def to_targets(self, rows: pd.DataFrame, classes: Sequence[str], size: int = 0) -> list[np.ndarray]:
         "The true boxes of each sample, N of (K, 5) in its pixels."
-        return [read_boxes(text, classes) for text in rows["objects"]]
+        return [read_boxes(text, classes, *sides) for text, *sides in zip(rows["objects"], rows["width"], rows["height"], strict=True)]
 
     def to_scores(self, raw: np.ndarray, temperature: float, rows: pd.DataFrame, size: int) -> list[np.ndarray]:
         "The boxes that were found in each sample, N of (M, 6) in its pixels."

@@ -77,6 +77,7 @@ class Segmentation(ObjectTask):
     outputs = ("maps", "embedding")
     main_metric, truth = "miou", "objects"
     network, size, batch = "encoder_decoder", 256, 16
+    most_classes = 255      # beside the background: a pixel is a byte
     epochs, images, most_epochs = 30, 800, 120
     measure, measure_classes = staticmethod(measure), staticmethod(measure_classes)
 

@@ -31,7 +31,9 @@ def find_model(settings: Settings, name: str) -> Envelope:
                         fix=f"make it again: cvops reproduce {version.name}:{version.version}") from e
 
 def choose_images(found: list[Envelope], split: str) -> tuple[str, str]:
-    "Snapshot and split on which all are compared: those of the first evaluation that was named, else the first model's own."
+    "Snapshot and split on which all are compared: those of the first evaluation that was named, else the first model's own; `WrongUsage` for models of several tasks."
+    tasks = sorted({e.record.task for e in found})
+    if len(tasks) > 1: raise WrongUsage("models for different tasks have nothing to be compared by", got=", ".join(f"{e.run}: {e.record.task}" for e in found), fix=f"name models for one of them: {' or '.join(tasks)}")
     first = next((e.record for e in found if isinstance(e.record, Evaluation)), None)
     return (first.snapshot, split or first.split) if first else (found[0].record.snapshot, split or "auto")
 
