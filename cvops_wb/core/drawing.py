@@ -14,6 +14,7 @@ import html
 import io
 import sys
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
@@ -56,8 +57,10 @@ def _show_in_notebooks() -> None:
 def to_png(figure: Any) -> bytes:
     "A figure or a Pillow image as PNG."
     out = io.BytesIO()
-    if hasattr(figure, "savefig"): figure.savefig(out, format="png")
-    else: figure.save(out, format="PNG")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")     # a box stands where the font has no letter
+        if hasattr(figure, "savefig"): figure.savefig(out, format="png")
+        else: figure.save(out, format="PNG")
     return out.getvalue()
 
 # %% ../../nbs/api/core/08_drawing.ipynb #f2a0dedd
