@@ -152,3 +152,46 @@ def test_the_trace_knows_when_it_began(count):
     traced = trace_column(window, reference, "brightness")
     assert len(traced) == max(1, min(24, 2*count//10)) and (traced["low"] < traced["high"]).all()
     if count == 400: assert traced["outside"].tolist() == [False]*12 + [True]*12
+
+
+def look_again(workbench, bento, out, rows, newest=60):
+    write_log(workbench.root/LOG, rows)
+    return monitor(LOG, bento, MonitorSpec(newest=newest, report=False), out), read_drift_state(1)
+
+
+def test_a_column_that_is_lost_later_is_a_finding_and_forgets_nothing(workbench, bento, out):
+    "The window of the second look has no confidence at all: the watcher goes on with what it knows, and says what is gone."
+    look_again(workbench, bento, out, make_window(120, seed=5))
+    late = make_window(120, seed=6, start="2026-03-02T20:00:00").assign(confidence=float("nan"))
+    window, state = look_again(workbench, bento, out, late)
+    assert state.rows == 180 and "began anew" not in "".join(state.notes)      # the first look took 60
+    assert window.drifted and "confidence missing" in window.causes[0]["words"]
+
+
+def test_a_column_that_the_log_gains_is_watched_from_then_on(workbench, bento, out):
+    _, state = look_again(workbench, bento, out, make_window(60, seed=5).assign(brightness=float("nan")))
+    assert "not watched: brightness" in "".join(state.notes)
+    _, state = look_again(workbench, bento, out, make_window(60, seed=6, darker=.5, start="2026-03-02T20:00:00"))
+    assert "brightness" in "".join(state.notes) and "began anew" in "".join(state.notes)
+    assert any("darker" in cause.words for cause in state.causes)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda log: (log/"20300101T000000-000000001-1.parquet").write_bytes(b"PAR1 no"), "damaged: 20300101T000000-000000001-1"),
+    (lambda log: write_log(log, make_window(40, seed=9).assign(failed=1)), ""),
+    (lambda log: write_log(log, make_window(80, seed=5)), "80 rows came twice"),
+    (lambda log: write_log(log, make_window(9, seed=10).assign(time="yesterday")), "9 rows have no time that can be read"),
+    (lambda log: write_log(log, make_window(9, seed=10).assign(time="2026-03-02T20:00:00+02:00")), ""),
+], ids=["damaged", "failed", "twice", "no time", "another zone"])
+@pytest.mark.filterwarnings("error")
+def test_an_odd_segment_stops_nobody(workbench, bento, out, spoil, words):
+    write_log(workbench.root/LOG, make_window(80, seed=5))
+    spoil(workbench.root/LOG)
+    window = monitor(LOG, bento, QUICK, out)
+    assert not window.drifted and window.count in (80, 89) and words in "".join(window.notes) and "hours" not in "".join(window.notes)
+
+
+def test_where_no_request_was_answered_it_says_so(workbench, bento, out):
+    write_log(workbench.root/LOG, make_window(80, seed=5).assign(failed=1))
+    with pytest.raises(BadInput, match="could not answer any") as caught: monitor(LOG, bento, QUICK, out)
+    assert caught.value.fix

@@ -263,6 +263,12 @@ def test_the_memory_of_another_reference_is_refused():
     with pytest.raises(BadRecord): load_watcher(Watcher.learn(REFERENCE.drop(columns="embedding")), *dump_watcher(watcher))
 
 
+def test_one_image_without_an_embedding_does_not_blind_the_watcher_to_all():
+    window = make_window(60, seed=4)
+    window.at[7, "embedding"] = None
+    assert "embedding" in Watcher.learn(REFERENCE, window).columns and "embedding" not in Watcher.learn(REFERENCE, window.assign(embedding=None)).columns
+
+
 @pytest.mark.parametrize("drop", ["embedding", "brightness", "predicted", "camera"])
 def test_a_column_that_neither_has_is_not_missed(drop):
     reference, window = REFERENCE.drop(columns=drop), make_window(200, seed=3).drop(columns=drop)

@@ -19,8 +19,10 @@ from ...core.places import locate
 from ...core.settings import Settings, load_settings
 from ..accuracy import Estimator, read_checks
 from ..accuracy.spotchecks import find_checks, join_check
-from .followers import Follower, read_memory, write_memory
+from .followers import Follower, read_columns, read_memory, write_memory
+from ..causes import name_column
 from .offenders import explain
+from .scores import find_columns
 from .states import DriftState, Estimate, find_state, write_drift_state
 from .watchers import Watcher, to_milliseconds
 
@@ -59,11 +61,14 @@ def look(
     "Judge what is new in a log."
     settings, notes = load_settings(), []
     path = find_memory(log, version, reference, settings)
-    fresh = Watcher.learn(reference, window, settings.monitor.level, seed)
-    try: watcher, follower, more = read_memory(path, fresh, version)
+    def learn(columns: list[str] | None = None) -> Watcher: return Watcher.learn(reference, window, settings.monitor.level, seed, columns=columns)
+    try:
+        watcher, follower, more = read_memory(path, learn(kept := read_columns(path)), version)
+        if kept and not watcher.drifted and (gained := [name for name in find_columns(reference, window) if name not in kept]):
+            raise BadRecord(f"the log has values now that it did not have ({', '.join(map(name_column, gained))})", got=path.name, fix="nothing is to be done")
     except BadRecord as e:
         notes.append(f"{e.what}: the watcher began anew")
-        watcher, follower, more = Watcher.learn(reference, window, settings.monitor.level, seed), Follower(version), {}
+        watcher, follower, more = learn(), Follower(version), {}
     rows, odd = follower.take(locate(log, settings.root), newest, int(time.time()*1000))
     if len(rows): watcher.add(_fill(rows, watcher.columns))
     notes += odd + watcher_notes(watcher, reference)
@@ -80,6 +85,8 @@ def _fill(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 def watcher_notes(watcher: Watcher, reference: pd.DataFrame) -> list[str]:
     "What cannot be judged, or only by itself."
     notes = [] if len(reference) >= 200 else [f"the reference has only {len(reference)} rows: small changes stay hidden"]
+    lost = [name_column(name) for name in find_columns(reference, reference) if name not in (*watcher.columns, "embedding")]
+    if lost: notes.append(f"the reference has values that the log does not have, so they are not watched: {', '.join(lost)}")
     if "embedding" not in watcher.columns: notes.append("there are no embeddings: what only the network sees is not watched")
     own = [camera for camera in watcher.streams if camera and camera not in watcher.homes]
     return notes + ([f"{len(own)} cameras are not in the reference and are held against their own first {100} rows: {', '.join(own[:3])}"] if own else [])

@@ -140,9 +140,9 @@ class Watcher:
     events: list[dict[str, Any]] = field(default_factory=list)  # alarm, healthy: row, time, camera
 
     @classmethod
-    def learn(cls, reference: pd.DataFrame, window: pd.DataFrame | None = None, alpha: float = .01, seed: int = 0, most: int = 6000) -> "Watcher":
-        "From a reference; `window` shows which columns the log has."
-        columns = choose_columns(reference, reference if window is None else window)
+    def learn(cls, reference: pd.DataFrame, window: pd.DataFrame | None = None, alpha: float = .01, seed: int = 0, most: int = 6000, columns: list[str] | None = None) -> "Watcher":
+        "From a reference; `window` shows which columns the log has, unless they are given."
+        columns = columns or choose_columns(reference, reference if window is None else window)
         return cls(*split_reference(reference, columns, seed, most), columns, alpha, seed)
 
     @property
@@ -201,9 +201,14 @@ class Watcher:
         return {camera: round(stream.score, 4) for camera, stream in self.streams.items() if camera}
 
 # %% ../../../nbs/api/watch/verdicts/03_watchers.ipynb #7f28f0e0
+def _strip_zone(time: str) -> str:
+    "A time as the service writes it, UTC, without its Z; `ValueError` if it is of another zone."
+    if "+" in time or "-" in time[10:]: raise ValueError(time)
+    return time.removesuffix("Z")
+
 def to_milliseconds(times: pd.Series) -> np.ndarray:
     "ISO times as milliseconds since 1970, (N,); 0 where there is none."
-    try: parsed = times.to_numpy("datetime64[ms]") if not times.astype(str).str.endswith("Z").any() else np.array([t.rstrip("Z") for t in times], "datetime64[ms]")
+    try: parsed = times.to_numpy("datetime64[ms]") if times.dtype.kind == "M" else np.array([_strip_zone(t) for t in times], "datetime64[ms]")
     except (ValueError, TypeError, AttributeError):
         parsed = pd.to_datetime(times, utc=True, errors="coerce", format="ISO8601").dt.tz_localize(None).to_numpy("datetime64[ms]")
     return np.where(np.isnat(parsed), 0, parsed.astype(np.int64))
