@@ -113,7 +113,9 @@ def _pick_mixed(counts: np.ndarray, names: list[str], columns: list[str], title:
     kept = np.sort(np.argsort(-mixed, kind="stable")[:MANY])
     beside = [k for k in range(square, counts.shape[1])]
     told = f"{title}; shown: the {MANY} of {len(names)} classes that are mixed up most"
-    return counts[np.ix_(kept, [*kept, *beside])], [names[k] for k in kept], [columns[k] for k in [*kept, *beside]], told
+    shown = counts[np.ix_(kept, [*kept, *beside])]
+    others = counts[kept].sum(1, keepdims=True) - shown.sum(1, keepdims=True)
+    return np.hstack([shown, others]), [names[k] for k in kept], [*(columns[k] for k in [*kept, *beside]), f"({square - MANY} others)"], told
 
 # %% ../../nbs/api/core/08_drawing.ipynb #dr000004
 _METRICS = {
