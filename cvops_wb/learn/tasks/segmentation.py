@@ -133,6 +133,7 @@ class Segmentation(ObjectTask):
         flat = np.stack([np.asarray(cell, np.uint8) for cell in cells])
         return flat.reshape(len(flat), *[round(flat.shape[1]**.5)]*2)
 
+# %% ../../../nbs/api/learn/tasks/05_segmentation.ipynb #sg00drw2
 def draw_masks(image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str] = (), side: int = 157) -> Image.Image:
     "The truth left, what was found right, both over the image; below, in their colours, the classes that are there."
     size = tuple(max(1, round(length*side/max(image.size))) for length in image.size)
