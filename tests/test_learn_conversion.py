@@ -47,7 +47,7 @@ def test_shared_tensors_and_files_that_are_none(tmp_path):
     assert found["b"].tolist() == [0., 1., 2.]
     with pytest.raises(WrongUsage, match="new file"): convert_weights(tmp_path/"shared.pth", tmp_path/"out.safetensors")
     with pytest.raises(BadInput): convert_weights(tmp_path/"none.pth")
-    for name, content in {"noise": os.urandom(200), "empty": b""}.items():
+    for name, content in {"noise": os.urandom(200), "empty": b"", "nothing to take": b"R.", "half a number": b"J\x01\x02", "no text": b"\x8c\x02\xff\xfe."}.items():
         (tmp_path/f"{name}.pth").write_bytes(content)
         with pytest.raises(BadModel): convert_weights(tmp_path/f"{name}.pth")
     torch.save([1, 2], tmp_path/"list.pth")

@@ -92,3 +92,11 @@ def test_no_internet_names_the_other_way(monkeypatch):
 
 
 def test_the_list_is_long(): assert len(list_architectures()) > 60 and np.all([":" not in name for name in list_architectures()])
+
+
+@pytest.mark.parametrize("name, size, fixed", [("torchvision:alexnet", 64, True), ("torchvision:alexnet", 32, None), ("torchvision:shufflenet_v2_x0_5", 64, False), ("timm:vit_tiny_patch16_224", 64, True), ("timm:resnet18", 64, False)])
+def test_how_small_pictures_may_be(name, size, fixed):
+    "A training begins with pictures of half the size, where the network takes them; a size that it cannot look at is said."
+    if fixed is not None: assert build_network(name, classes=3, size=size).fixed is fixed
+    else:
+        with pytest.raises(WrongUsage, match="so small"): build_network(name, classes=3, size=size)

@@ -106,6 +106,9 @@ def test_a_run_whose_runner_was_killed_is_cleared_by_cancel_or_by_the_next(alone
         part = alone.reports/f"{prepare_run(alone, 'ingest', {'count': 3}).run}.part"
         part.mkdir(parents=True)
         (part/NOTE).write_text(json.dumps({"pid": 2**22 - 1, "mark": "e"*32, "time": 0}))
+        from cvops_wb.loop.cli import cancel
+        told = cancel("")       # lists them
+        assert "which is gone" in told.text and not told.document["running"][part.stem]["alive"]
         clear()
         assert orphan.wait(10) is not None and not part.exists()
 

@@ -388,11 +388,12 @@ def cancel(
     cvops cancel                what is running
     cvops cancel train
     """
-    from cvops_wb.loop.kernels.watching import cancel_run, list_running
+    from cvops_wb.loop.kernels.watching import cancel_run, is_alive, list_running
     settings = load_settings()
     if name: return Reply({"cancelled": (run := cancel_run(settings, name))}, f"{run}: cancelled")
-    running = list_running(settings)
-    return Reply({"running": running}, "\n".join(f"{run}  process {note['pid']}" for run, note in running.items()) or "nothing is running")
+    running = {run: note | {"alive": is_alive(note["pid"])} for run, note in list_running(settings).items()}
+    lines = [f"{run}  process {note['pid']}" + ("" if note["alive"] else f", which is gone: `cvops cancel {run}` clears what it left") for run, note in running.items()]
+    return Reply({"running": running}, "\n".join(lines) or "nothing is running")
 
 @app.command(rich_help_panel=ANY)
 def lab(json: Json = False, dry_run: Dry = False) -> Reply:

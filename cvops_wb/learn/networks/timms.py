@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...core.errors import CvopsError, UnknownName, WrongUsage, needs
-from . import NETWORKS, Assembled, Network, fill
+from . import NETWORKS, Assembled, Network, fill, find_fixed
 
 # %% ../../../nbs/api/learn/networks/08_timms.ipynb #c2d6a0f3
 @NETWORKS.register("timm")
@@ -27,7 +27,7 @@ def build_timm(
     if weights not in ("", "pretrained"): raise WrongUsage("weights of timm are called `pretrained`", got=weights, fix="pretrained, a .safetensors file, or empty")
     body, fixed = make_body(variant, size)
     network = Assembled(body, nn.Linear(count_features(body, size), classes))
-    network.fixed = fixed
+    network.fixed = fixed or find_fixed(network, size, variant)
     if weights: fill(network, fetch_timm(variant), f"timm:{variant}")
     network.mean, network.std = (tuple(body.pretrained_cfg[key]) for key in ("mean", "std"))
     return network

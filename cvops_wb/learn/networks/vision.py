@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from ...core.errors import BadModel, CvopsError, UnknownName, WrongUsage, needs
-from . import NETWORKS, Assembled, Network, fill
+from . import NETWORKS, Assembled, Network, fill, find_fixed
 from .dense import build_dense, list_dense
 
 # %% ../../../nbs/api/learn/networks/02_vision.ipynb #4fc68767
@@ -127,6 +127,6 @@ def build_vision(
     model = models.get_model(variant, weights=None, **({"image_size": size} if variant.startswith("vit_") else {}))
     head = take_head(model)
     network = Assembled(model, nn.Linear(head.in_features, classes))
-    network.fixed = variant.startswith("vit_")
+    network.fixed = find_fixed(network, size, variant)
     if weights: fill(network, fetch_weights(variant, weights), f"{variant}/{weights}")
     return network
