@@ -1,4 +1,5 @@
 "Every kind of image file, whole, odd and damaged: taken as it is, or set aside with the right reason; and one table says which kinds there are."
+import hashlib
 import io
 import os
 import re
@@ -252,3 +253,19 @@ def test_tiff_and_bmp_all_the_way(workbench, shelf, tmp_path):
         assert again.new == 0 and again.count == len(reader.table[reader.table.split != "none"]) and again.rejected == 0
     shown = {row.ext: show_blob(row, workbench) for row in table.itertuples()}
     assert {ext: path.suffix for ext, path in shown.items()} == {".jpg": ".jpg", ".bmp": ".bmp", ".tif": ".png"} and shown[".tif"].is_relative_to(workbench.cache)
+
+
+@pytest.mark.parametrize("name, suffix", [("JPEG", ".jpg"), ("PNG", ".png"), ("TIFF", ".png")])
+def test_what_a_service_keeps_can_be_drawn(workbench, name, suffix):
+    # it lies there without a suffix, under the beginning of its hash, and FiftyOne's App goes by the suffix; masked, it bears a second hash
+    for masked in (False, True):
+        out = io.BytesIO()
+        Image.new("RGB", (40, 30), "teal" if masked else "navy").save(out, name)
+        digest = hashlib.sha256(out.getvalue()).hexdigest()
+        asked = "0"*8 + digest[:8] if masked else digest[:16]
+        path = workbench.store/"kept"/asked[:2]/(f"{asked}.{digest[:16]}" if masked else asked)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(out.getvalue())
+        for _ in range(2):
+            shown = show_blob(asked, workbench)
+            assert shown.suffix == suffix and Image.open(shown).size == (40, 30) and shown.is_relative_to(workbench.cache)

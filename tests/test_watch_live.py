@@ -260,7 +260,7 @@ def test_the_page_is_live_for_several_viewers(workbench, monkeypatch, own):
 @pytest.mark.browser
 def test_the_page_of_the_server_alone(workbench, monkeypatch, tmp_path):
     # a new camera can be picked, who reads or pauses is not disturbed, and a server that is gone is told
-    plant(workbench, ("east", HOSTILE))
+    plant(workbench, ("east", LONG := HOSTILE + "x"*80))
     monkeypatch.setenv("CVOPS_MONITOR_REFRESH", "1")
     value = "document.querySelector('#wb-seen .tile strong').innerText"
 
@@ -275,10 +275,10 @@ def test_the_page_of_the_server_alone(workbench, monkeypatch, tmp_path):
         tab.wait_for_function(f"{value} === '11'", timeout=20_000)
         process.kill()
         tab.wait_for_function("document.querySelector('#wb-wait').innerText.includes('still running?')", timeout=20_000)
-        return paused, tab.evaluate(value), tab.evaluate("[...document.querySelectorAll('select')[1].options].map(option => option.value)"), tab.evaluate("window.hacked ?? 0")
+        return paused, tab.evaluate(value), tab.evaluate("[...document.querySelectorAll('select')[1].options].map(option => option.value)"), tab.evaluate("[window.hacked ?? 0, document.documentElement.scrollWidth - innerWidth]")
     with dashboard_running(settings=workbench, name="monitoring") as (address, process):
-        _, errors, told = take_picture(address, tmp_path/"alone.png", before=look, wait="#wb-seen h1")
-    assert errors == [] and told == (("600", "false"), "11", ["", HOSTILE, "east", "north"], 0)
+        _, errors, told = take_picture(address, tmp_path/"alone.png", 390, before=look, wait="#wb-seen h1")
+    assert errors == [] and told == (("600", "false"), "11", ["", LONG, "east", "north"], [0, 0])
 
 
 @pytest.mark.slow

@@ -48,6 +48,14 @@ def test_a_hundred_hostile_strings_cannot_leave_their_script():
     assert json.JSONDecoder().raw_decode(mended, start)[0] == {name: name for name in HUNDRED}
 
 
+def test_what_drifted_comes_first():
+    rows = [{"column_name": name, "data_drift": said, "drift_score": score} for name, said, score in (("a", "Not Detected", 1.), ("b", "Not Detected", .4), ("c", "Detected", .002), ("d", "Detected", 0.))]
+    table = {"type": "big_table", "params": {"rowsPerPage": 10, "data": 3*rows}}
+    mended = mend_html(PAGE.replace("{0}", json.dumps({"widgets": [table, {"params": {"rowsPerPage": 5, "data": [{"x": 2}, {"x": 1}]}}]})).replace("{1}", "{}"))
+    shown, other = (widget["params"] for widget in json.JSONDecoder().raw_decode(mended, mended.index("var m = ") + 8)[0]["widgets"])
+    assert [row["column_name"] for row in shown["data"]] == list("dddcccbbbaaa") and shown["rowsPerPage"] == 20 and other == {"rowsPerPage": 5, "data": [{"x": 2}, {"x": 1}]}
+
+
 def find_raw(page):
     "Payloads that stand in a page as they are."
     return [payload for payload in PAYLOADS if payload in page]

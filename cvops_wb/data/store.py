@@ -330,19 +330,16 @@ def _name(sample: Any) -> tuple[str, str]:
 
 # %% ../../nbs/api/data/02_store.ipynb #show0002
 def show_blob(sample: Any, settings: Settings | None = None) -> Path:
-    "A file that a browser can draw: the blob itself, else a copy in the cache (of a TIFF a PNG); `BadInput` if nobody has the image."
+    "A file that a browser can draw, with the suffix of what it is: the blob itself, else a copy in the cache (of a TIFF a PNG); `BadInput` if nobody has the image."
     settings = settings or load_settings()
     sha256, ext = _name(sample)
     path = Store(settings).find_blob(sha256, ext) or find_kept(sha256, settings)
-    drawn = _is_drawn(path, ext)
-    if path and drawn: return path.absolute()
-    shown = settings.cache/"shown"/sha256[:2]/f"{sha256}{ext if drawn else '.png'}"
-    if not shown.is_file(): write_atomic(shown, read_blob(sample, settings) if drawn else show_image(read_blob(sample, settings)), durable=False)
-    return shown.absolute()
-
-def _is_drawn(path: Path | None, ext: str) -> bool:
-    "By the suffix; of a file without one by its first bytes."
-    kind = find_suffix(ext or (path.suffix if path else ""))
-    if path and not ext and not path.suffix:
-        with path.open("rb") as file: kind = find_kind(file.read(18))
-    return kind is None or kind.drawn
+    kind, folder = find_suffix(path.suffix if path else ext), settings.cache/"shown"/sha256[:2]
+    if path and kind and kind.drawn: return path.absolute()
+    made = [folder/f"{sha256}{ext if kind.drawn else '.png'}"] if kind else sorted(folder.glob(f"{sha256}.*")) if sha256.isalnum() else []
+    if made and made[0].is_file(): return made[0].absolute()
+    data = read_blob(sample, settings)      # kept by the service without a suffix, or in a shard
+    kind = find_kind(data[:18])
+    drawn = kind is None or kind.drawn
+    shown = folder/f"{sha256}{(ext or kind.ext if kind else ext) if drawn else '.png'}"
+    return write_atomic(shown, data if drawn else show_image(data), durable=False).absolute()

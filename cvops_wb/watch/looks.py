@@ -125,7 +125,7 @@ PARTS = """
   border-bottom:1px solid var(--line)}
 .wb table.list td{padding:7px 8px 7px 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;background:none;
   color:var(--ink)}
-.wb table.list tr:last-child td{border-bottom:0} .wb .verdict{font-size:19px;line-height:1.4;font-weight:560;letter-spacing:-.01em}
+.wb table.list b,.wb table.list .long{overflow-wrap:anywhere} .wb table.list tr:last-child td{border-bottom:0} .wb .verdict{font-size:19px;line-height:1.4;font-weight:560;letter-spacing:-.01em}
 .wb .empty{padding:18px 0 8px;color:var(--quiet)} .wb .files a,.wb .files span{margin-right:12px;white-space:nowrap}
 .wb .two>*,.wb .three>*,.wb .photos>*,.wb .facts>*,.wb .tiles>*{min-width:0} .wb .scroll{overflow-x:auto}
 @media(max-width:900px){.wb .two{grid-template-columns:1fr}.wb .three{grid-template-columns:1fr 1fr}}

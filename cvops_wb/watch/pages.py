@@ -189,7 +189,7 @@ def make_answers(service: ServiceCard) -> str:
     def judge(row: dict[str, Any]) -> str:
         if not row["label"]: return ""
         return '<span class="good">✓</span>' if row["label"] == row["predicted"] else f'<span class="bad">{escape(row["label"])}</span>'
-    rows = [(say_clock(row["time"])[-8:], escape(row["camera"]), f'<b>{escape(row["predicted"])}</b> {judge(row)}', say_share(row["confidence"]))
+    rows = [(say_clock(row["time"])[-8:], f'<span class="long">{escape(row["camera"])}</span>', f'<b>{escape(row["predicted"])}</b> {judge(row)}', say_share(row["confidence"]))
             for row in service.last]
     return make_list(["last", "camera", "answer", "sure"], rows)
 

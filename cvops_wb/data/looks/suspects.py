@@ -60,7 +60,7 @@ def build_suspects(fiftyone: Any, name: str, rows: Iterable[dict[str, Any]]) -> 
     if fiftyone.dataset_exists(name): fiftyone.delete_dataset(name)
     dataset = fiftyone.Dataset(name, persistent=True)
     def make(row: dict[str, Any]) -> Any:
-        answer = fiftyone.Classification(label=str(row["predicted"] or "none"))
+        answer = fiftyone.Classification(label=str(row["predicted"])) if row["predicted"] else None     # a verdict names samples, not answers
         return fiftyone.Sample(filepath=row["filepath"], predicted=answer, **{k: row[k] for k in ("cause", "place", "camera", "time")}, key=row["id"])
     dataset.add_samples([make(row) for row in rows], progress=False)
     field, views = fiftyone.ViewField, {"drift": dataset.sort_by("place")}

@@ -21,6 +21,7 @@ STYLE = """
 .wb svg .f0{fill:var(--s0)}.wb svg .f1{fill:var(--s1)}.wb svg .f2{fill:var(--s2)}.wb svg .f3{fill:var(--s3)}.wb svg .f4{fill:var(--s4)}
 .wb svg .l0,.wb svg .l1,.wb svg .l2,.wb svg .l3{fill:none;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
 .wb svg .l0{stroke:var(--s0)}.wb svg .l1{stroke:var(--s1)}.wb svg .l2{stroke:var(--s2)}.wb svg .l3{stroke:var(--now)}
+.wb svg .lone{stroke-width:6}
 .wb svg .limit{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:5 4;fill:none}.wb svg .grid{stroke:var(--line);stroke-width:1;fill:none}
 .wb svg .dot{stroke:var(--now);stroke-width:9;stroke-linecap:round;fill:none}.wb svg .whisker{stroke:var(--now);stroke-width:2;fill:none}
 .wb .axis{display:flex;justify-content:space-between;gap:12px;font-size:12px;color:var(--quiet)}
@@ -61,17 +62,14 @@ def draw_line(values: np.ndarray, low: float, high: float, kind: str, height: in
     "A line over equal stretches, broken where there is no value; a lone value is a point."
     xs = (np.arange(len(values)) + .5)*WIDTH/len(values)
     ys = height - 3 - (np.clip(values, low, high) - low)/max(high - low, 1e-9)*(height - 6)
-    parts, pen = [], "M"
-    for x, y in zip(xs, ys):
-        if not np.isfinite(y): pen = "M"; continue
-        parts.append(f"{pen}{x:.1f} {y:.1f}{'h.01' if pen == 'M' else ''}")
-        pen = "L"
-    return f'<path class="{kind}" d="{"".join(parts)}"/>' if parts else ""
+    known = np.flatnonzero(np.isfinite(ys))
+    runs = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
+    return "".join(trace([(xs[k], ys[k]) for k in run], kind) for run in runs)
 
 def trace(points: Sequence[tuple[float, float]], kind: str) -> str:
     "A line through points; a lone one is still seen."
     steps = " ".join(f"{'L' if k else 'M'}{x:.1f} {y:.1f}{'' if k else 'h.01'}" for k, (x, y) in enumerate(points))
-    return f'<path class="{kind}" d="{steps}"/>' if points else ""
+    return f'<path class="{kind}{" lone" if len(points) == 1 else ""}" d="{steps}"/>' if points else ""
 
 def draw_evidence(timeline: Sequence[tuple[str, float]], since: float, until: float, height: int = 120) -> tuple[str, float]:
     "Evidence of drift at each look in a period, the alarm's line, and how high the picture reaches."

@@ -118,7 +118,7 @@ def make_arms(view: RolloutView) -> str:
     for arm, (answers, errors, truths, wrong) in view.seen.items():
         rows.append((f"<b>{escape(names.get(arm, arm))}</b>", f"{answers:,}", f"{errors:,}", f"{wrong:,} of {truths:,}" if truths else "–"))
     shares = {event["number"]: f"{event['share']:.0%}" if event["event"] in ("start", "step") else "" for event in view.history}
-    events = [(escape(say_clock(event["time"])[5:]), f"<b>{escape(event['event'])}</b> {shares[event['number']]}", escape(event["reason"])) for event in view.history[::-1][:8]]
+    events = [(escape(say_clock(event["time"])[5:]), f"<b>{escape(event['event'])}</b> {shares[event['number']]}", f'<span class="long">{escape(event["reason"])}</span>') for event in view.history[::-1][:8]]
     return make_card("Seen of both", make_list(["", "answers", "errors", "wrong"], rows) + make_list(["time, UTC", "change", "why"], events), "w5")
 
 def render_rollout(view: RolloutView) -> str:

@@ -24,7 +24,7 @@ START = "24 hours"      # that is looked at first
 BAR = """<style>
 .wb-bar.jupyter-widgets{display:flex;flex-wrap:wrap;gap:8px;justify-content:flex-end;box-sizing:border-box;width:100%;max-width:1240px;margin:0 auto;padding:18px 28px 0;overflow:visible}
 .wb-bar .widget-dropdown{display:flex;gap:4px;align-items:center!important;width:auto;margin:0} .wb-bar .widget-label{flex:none;align-self:center!important;width:auto!important;height:32px!important;line-height:32px!important;min-width:0;font:13px system-ui,"DejaVu Sans",sans-serif;color:var(--quiet,#5c6975)}
-.wb-bar select{appearance:auto!important;flex:none;width:auto;height:32px;padding:0 10px;border:1px solid var(--line,#ddd)!important;border-radius:99px!important;background:var(--card,#fff)!important;color:var(--ink,#222)!important;font:600 13px system-ui,"DejaVu Sans",sans-serif}
+.wb-bar select{appearance:auto!important;flex:none;width:auto;max-width:min(260px,62vw);text-overflow:ellipsis;height:32px;padding:0 10px;border:1px solid var(--line,#ddd)!important;border-radius:99px!important;background:var(--card,#fff)!important;color:var(--ink,#222)!important;font:600 13px system-ui,"DejaVu Sans",sans-serif}
 .wb-bar .jupyter-button{width:auto;height:32px;margin:0;padding:0 14px;border:1px solid var(--line,#ddd);border-radius:99px;background:var(--card,#fff);color:var(--ink,#222);font:600 13px/30px system-ui,"DejaVu Sans",sans-serif;box-shadow:none}
 .wb-bar .jupyter-button.mod-active{color:var(--good,#0b7a57);border-color:var(--good,#0b7a57);box-shadow:none}
 .wb-bar select:focus-visible,.wb-bar .jupyter-button:focus-visible{outline:2px solid var(--accent,#0067a6)}
