@@ -9,7 +9,7 @@ from test_data_snapshots import room
 from test_data_versions import change, copy, history  # noqa: F401 - fixtures
 
 from cvops_wb.data.snapshots import SnapshotSpec, open_snapshot, take_snapshot
-from cvops_wb.data.versions.datacards import describe_snapshot, quote_markdown, write_card
+from cvops_wb.data.versions.datacards import describe_snapshot, list_sections, quote_markdown, write_card
 
 HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "[x](javascript:alert(1))", "a|b\n---\nid: stolen", "![](http://a.b/c.png)", "'; --",
            "`code` **bold**", "\u2028line\u0085", "{{ 7*7 }} $x$", "- no", "null", "😀 é"]
@@ -47,6 +47,23 @@ def test_the_facts(copy):  # noqa: F811
     assert {name: sum(n.values()) for name, n in facts["class_by_split"].items()} == first.splits
     (settings.versioned/"LICENSE").write_text("CC-BY 4.0\n")
     assert describe_snapshot(first)["licence"] == "CC-BY 4.0"
+
+
+def test_boxes_are_counted_by_class(copy):  # noqa: F811
+    "Of a detector's data a card says which classes are in how many images, and how many objects that is; an image without any is not hidden."
+    from cvops_wb.core.records import Selection
+    from cvops_wb.data.formats.objects import dump_objects, make_object
+    settings, first, _ = copy
+    def edit(table):
+        names = [["cat"], ["cat", "cat", "dog"], []]
+        return table.assign(label="", labeled_by="", objects=[dump_objects([make_object(name, [1, 1, 9, 9]) for name in names[k % 3]]) for k in range(len(table))])
+    selection = change(settings, Selection("", first.samples, 0, 0, {}, {}, 0, "", {}), "curate-4", edit)
+    snapshot = take_snapshot(selection, SnapshotSpec("boxes", push=False), room(settings, "snapshot-4"))
+    facts = describe_snapshot(snapshot)
+    assert facts["classes"] == {"cat": 27, "dog": 13, "(no label)": 13} and facts["objects"] == {"cat": 40, "dog": 13}
+    assert sum(counts["cat"] for counts in facts["class_by_split"].values()) == 27 and "(no label of the whole image)" in facts["labels_by"]
+    row = next(row for row in list_sections(facts)["Classes and splits"] if row["class"] == "(no label)")
+    assert row["images"] == sum(row[split] for split in facts["class_by_split"]) == 13 and row["objects"] == 0
 
 
 def test_the_stage_writes_the_card(copy):  # noqa: F811

@@ -456,7 +456,7 @@ def test_people_decide_a_rollout(tmp_path, monkeypatch):
     log = PredictionLog(settings.store/"predictions")
     for k in range(400):
         arm = (BASELINE, CHALLENGER)[k % 2]
-        log.append({"request_id": f"q{k}", "time": "2026-03-02T08:00:00.000Z", "version": 1 + k % 2, "model": "", "camera": "", "caller": "", "label": "", "failed": 0, "id": f"i{k}", "arm": f"r1:{arm}",
+        log.append({"request_id": f"q{k}", "time": f"{pd.Timestamp.now('UTC'):%Y-%m-%dT%H:%M:%S.%f}"[:-3] + "Z", "version": 1 + k % 2, "model": "", "camera": "", "caller": "", "label": "", "failed": 0, "id": f"i{k}", "arm": f"r1:{arm}",
                     "predicted": "tea" if arm == BASELINE or rng.random() < .3 else f"no {k % 40}", "confidence": .8, "latency_ms": 9.})
     log.close()
     controller.tick()

@@ -1,8 +1,10 @@
 "What is said about accuracy without labels holds as often as stated, also after a shift; spot checks are unbiased; damage asks once."
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
-from watch_bench import make_bento
+from watch_bench import make_bento, paint
 
 from cvops_wb.core.errors import BadInput
 from cvops_wb.watch.accuracy import (
@@ -14,6 +16,7 @@ from cvops_wb.watch.accuracy import (
     read_triggers,
     spotcheck,
 )
+from cvops_wb.watch.accuracy.asking import list_classes
 from cvops_wb.watch.accuracy.spotchecks import draw, find_chances, find_checks, join_check
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.verdicts import DriftState, Estimate
@@ -148,6 +151,50 @@ def test_a_check_with_people(workbench, photos):
     again, result, answered = spotcheck(rows, make_window(200, seed=1), bento)
     assert again == folder and answered == 24 and result.low <= (~wrong).mean() <= result.high and read_checks(1) == (result,)
     assert spotcheck(rows, make_window(200, seed=1), bento, SpotcheckSpec(5))[0] != folder and len(find_checks(1)) == 2
+
+
+@pytest.fixture
+def asked(workbench, monkeypatch):
+    "A check of 24 answers, all `Sour-Milk`, whose images are in the store; what asks again, the folder and the ids."
+    from cvops_wb.watch.accuracy import asking
+    rows = make_window(60, seed=2).assign(predicted="Sour-Milk", label="")
+    monkeypatch.setattr(asking, "find_images", lambda table, settings: dict.fromkeys(table["id"], paint("tea", 1)))
+    reference, bento = make_window(200, seed=1).replace({"label": {"jam": "Sour-Milk"}}), make_bento(workbench)
+    def ask(**how): return spotcheck(rows, reference, bento, SpotcheckSpec(24), **how)
+    folder = ask()[0]
+    return ask, folder, [row["id"] for row in json.loads((folder/"check.json").read_text())["rows"]]
+
+
+@pytest.mark.parametrize("written, right", [("Sour-Milk", 1.), ("sour milk", 1.), ("SOUR_MILK ", 1.), ("soured milk", 0.), ("-", 0.)])
+def test_a_person_may_write_a_class_as_people_do(asked, written, right):
+    from cvops_wb.label import label_tools
+    ask, folder, ids = asked
+    for sample in ids: label_tools["files"](folder).answer(sample, written)
+    assert ask()[1].value == right
+
+
+def test_a_class_that_was_not_among_the_held_out_images_is_one_all_the_same(workbench):
+    rows = make_window(60, seed=2).assign(predicted="Soy-Milk", label="soy milk")
+    assert "Soy-Milk" in list_classes(make_window(200, seed=1), rows.to_dict("records"))
+    assert spotcheck(rows, make_window(200, seed=1), make_bento(workbench), SpotcheckSpec(24, "simulated"))[1].value == 1.
+
+
+def test_nobody_can_be_simulated_where_no_truth_is_known(workbench):
+    with pytest.raises(BadInput, match="nobody can be simulated"):
+        spotcheck(make_window(60, seed=2).assign(label=""), make_window(200, seed=1), make_bento(workbench), SpotcheckSpec(24, "simulated"))
+
+
+def test_a_rollout_that_nobody_has_asked_yet_is_said():
+    from cvops_wb.watch.accuracy.asking import draw_pairs
+    with pytest.raises(BadInput, match="no answer"): draw_pairs(pd.DataFrame(columns=["id", "request_id", "arm"]), 20)
+
+
+def test_a_check_that_nobody_answers_can_be_closed(asked):
+    from cvops_wb.label import label_tools
+    ask, folder, ids = asked
+    label_tools["files"](folder).answer(ids[0], "Sour-Milk")
+    assert ask()[0] == folder and ask(last=True)[1:] == (None, 1) and read_checks(1) == ()
+    assert ask()[0] != folder
 
 
 def test_a_simulated_check_answers_at_once(workbench):

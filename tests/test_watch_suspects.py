@@ -82,3 +82,11 @@ def test_a_saved_view_for_each_cause(watched):
 def test_without_images_it_is_said(workbench):
     from cvops_wb.data import index_suspects
     with pytest.raises(BadInput, match="kept"): index_suspects(pd.DataFrame([("ab"*8, "x", 1, "", "", "")], columns=["id", "cause", "place", "camera", "time", "predicted"]))
+
+
+def test_views_stand_in_the_order_of_the_causes_and_their_names_end_at_a_word():
+    from cvops_wb.data.looks.suspects import name_views
+    long = "camera-z: width 320 in 16 % of the images, was 0 %, height 272 in 16 % of the images, was 0 %, since 03:16 UTC"
+    named = name_views([long, "camera-a: darker by 40 %, since 03:16 UTC", long])
+    assert list(named.values()) == [long, "camera-a: darker by 40 %, since 03:16 UTC"] and list(named)[1].startswith("2 camera-a")
+    assert len(list(named)[0]) <= 90 and list(named)[0].endswith("16 % of the images, …")

@@ -113,7 +113,9 @@ def _pick_mixed(counts: np.ndarray, names: list[str], columns: list[str], title:
     kept = np.sort(np.argsort(-mixed, kind="stable")[:MANY])
     beside = [k for k in range(square, counts.shape[1])]
     told = f"{title}; shown: the {MANY} of {len(names)} classes that are mixed up most"
-    return counts[np.ix_(kept, [*kept, *beside])], [names[k] for k in kept], [columns[k] for k in [*kept, *beside]], told
+    shown = counts[np.ix_(kept, [*kept, *beside])]
+    others = counts[kept].sum(1, keepdims=True) - shown.sum(1, keepdims=True)
+    return np.hstack([shown, others]), [names[k] for k in kept], [*(columns[k] for k in [*kept, *beside]), f"({square - MANY} others)"], told
 
 # %% ../../nbs/api/core/08_drawing.ipynb #dr000004
 _METRICS = {
@@ -215,12 +217,14 @@ def embed_jpeg(picture: Any, alt: str = "") -> str:
 def to_table(rows: Sequence[Mapping[str, Any]]) -> str:
     "Rows as an HTML table; numbers to the right."
     if not rows: return "<p>none</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
+    head = "".join(f'<th style="text-align:right">{escape(name)}</th>' if _is_number(value) else f"<th>{escape(name)}</th>" for name, value in rows[0].items())
     body = "".join("<tr>" + "".join(_cell(value) for value in row.values()) + "</tr>" for row in rows)
     return f'<div class="scroll"><table class="cvops"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
+def _is_number(value: Any) -> bool: return isinstance(value, int | float) and not isinstance(value, bool)
+
 def _cell(value: Any) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = _is_number(value)
     shown = f"{value:,.4g}" if isinstance(value, float) else escape(value)
     return f'<td style="text-align:right">{shown}</td>' if number else f"<td>{shown}</td>"
 

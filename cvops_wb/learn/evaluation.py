@@ -239,8 +239,9 @@ def draw_calibration(evaluation: Evaluation, bins: int = 10) -> Any:
     return figure
 
 def draw_errors(evaluation: Evaluation, most: int = 24) -> Any:
-    "The photographs on which the model is wrong and most sure of it; prediction before label."
-    table = read_scores(evaluation).query("correct < 1").sort_values("confidence", ascending=False, kind="stable").head(most)
+    "The photographs on which the model is wrong and most sure of it; prediction before label. Where right has degrees, of the worse half."
+    table = read_scores(evaluation).query("correct < 1")
+    table = table[table["correct"] <= table["correct"].median()].sort_values("confidence", ascending=False, kind="stable").head(most)
     if table.empty: return draw_note(f"No error in {evaluation.count:,} images.")
     photos = read_photos(load_settings(), evaluation.snapshot, table["id"])
     if TASKS[evaluation.task].truth == "objects" or evaluation.task == "anomaly": return _draw_answers(evaluation, table[:12], photos[:12])

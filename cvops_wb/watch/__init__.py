@@ -14,7 +14,7 @@ _rooms = {
     "score_columns": "drift", "say_verdict": "causes", "write_evidently": "reports",
     "read_state": "states", "State": "states", "render_page": "pages",
     "DriftState": "verdicts", "read_drift_state": "verdicts", "read_reference": "monitoring", "find_answering": "monitoring", "take_window": "monitoring",
-    "spotcheck": "accuracy", "SpotcheckSpec": "accuracy", "ask_here": "accuracy", "check_rollout": "accuracy", "mark_told": "accuracy", "read_triggers": "accuracy",
+    "spotcheck": "accuracy", "SpotcheckSpec": "accuracy", "ask_here": "accuracy", "check_rollout": "accuracy", "list_classes": "accuracy", "mark_told": "accuracy", "read_triggers": "accuracy",
     "Sheet": "accuracy", "label_here": "accuracy",
     "write_gauges": "signals", "write_rules": "signals", "write_boards": "signals", "find_troubles": "signals", "tell_people": "signals",
     "read_glance": "live", "count_log": "live", "render_front": "live", "write_mail": "live", "show_monitoring": "live", "show_rollout": "live", "read_rollout": "live", "render_rollout": "live",

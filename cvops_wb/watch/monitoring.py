@@ -24,7 +24,7 @@ from ..core.places import locate, name_final
 from ..core.records import Bento, Window
 from ..core.settings import load_settings
 from .causes import describe_columns, name_column, rank_columns, say_verdict
-from .accuracy import judge_damage
+from .accuracy import judge_damage, say_trigger
 from .drift import list_columns
 from .verdicts import DriftState, Watcher, look, render_sheet, shrink
 from .verdicts.sheets import SIGN, say_state
@@ -135,7 +135,8 @@ def monitor(
     write_sheet(out/"drift.html", state, window, f"{bento.model_name} {bento.version}")
     page = out/"evidently.html"
     if spec.report: _write_peers(reference, window, page, f"{bento.model_name} {bento.version}: {say_state(state)}")
-    judge_damage(round_.keep(name_final(out/"drift.html")), measure_accuracy(reference), log)
+    trigger = judge_damage(round_.keep(name_final(out/"drift.html")), measure_accuracy(reference), log)
+    if trigger: state = replace(state, notes=(*state.notes, say_trigger(trigger)))
     return tell_window(log, state, columns, window, name_final(page if spec.report else out/"columns.parquet"), name_final(out/"drift.html"))
 
 def tell_window(log: str, state: DriftState, columns: dict[str, dict[str, Any]], window: pd.DataFrame, report: str, page: str) -> Window:
@@ -169,6 +170,7 @@ def _write_peers(reference: pd.DataFrame, window: pd.DataFrame, page: Path, titl
     write_evidently(reference, window, page, share=(given := load_settings().monitor).drift_share, title=title, workspace=given.workspace)
     for name, rows in (("reference", reference), ("window", window)): write_whylogs(rows, page.with_name(f"whylogs-{name}.bin"))
 
+# %% ../../nbs/api/watch/04_monitoring.ipynb #mo000021
 def measure_accuracy(window: pd.DataFrame) -> float | None:
     "The share of right answers among those whose label is known; None if none is."
     known = window[window["label"].fillna("") != ""] if "label" in window else window.iloc[:0]

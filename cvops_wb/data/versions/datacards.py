@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections import Counter
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, fit_text, lo
 from ...core.files import dump_json, human_size, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import load_settings
+from ..formats.objects import count_classes, parse_objects
 from ..quality import QUALITY, measure_oddness
 from ..snapshots import SnapshotReader, find_inside, open_snapshot, show_rows, take_turns
 from ..splits import SPLITS
@@ -40,15 +42,29 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
     return {
         "id": snapshot.id, "message": snapshot.message, "parent": snapshot.parent,
         "images": len(table), "in_splits": int(inside.sum()), "set_aside": int((~inside).sum()), "bytes": int(to_array(table["bytes"]).sum()),
-        "classes": _name(_part(count_values(table["label"], inside)), "(no label)"), "splits": _name(count_values(table["split"]), "", none="set aside"),
-        "class_by_split": {name: _part(count_values(table["label"], split == splits.index(name))) for name in SPLITS if name in splits},
-        "labels_by": _name(count_values(table["labeled_by"]), "(no label)"), "cameras": _name(count_values(table["camera"]), "(not known)"),
+        "classes": _name(_count_images(table, inside), "(no label)"), "objects": _count_objects(table, inside), "splits": _name(count_values(table["split"]), "", none="set aside"),
+        "class_by_split": {name: _name(_count_images(table, split == splits.index(name)), "(no label)") for name in SPLITS if name in splits},
+        "labels_by": _name(count_values(table["labeled_by"]), "(no label of the whole image)" if _has_objects(table) else "(no label)"), "cameras": _name(count_values(table["camera"]), "(not known)"),
         "sources": _name(dict(folders[:50]), "."), "source_files": len(sources), "taken": _span(table["taken"]), "groups": _count_different(table["group"], inside),
         "duplicates": {"files_of_the_same_bytes": int((to_array(pc.list_value_length(table["sources"])) - 1).clip(0).sum()), "near_duplicates": tags.get("near_duplicate", 0),
                        "leaks": tags.get("leak", 0)},
         "tags": tags, "quality": {name: _spread(table[name]) for name in ("brightness", "contrast", "sharpness", "entropy", "saturation")},
         "width": _spread(table["width"]), "height": _spread(table["height"]), "licence": _find_licence(), "views": dict(snapshot.views),
     }
+
+def _has_objects(table: pa.Table) -> bool: return bool(pc.any(pc.greater(pc.binary_length(table["objects"]), 0)).as_py())
+
+def _count_images(table: pa.Table, rows: np.ndarray) -> dict[str, int]:
+    "Images that bear each class as a label or hold an object of it; those that do neither have no name."
+    if not _has_objects(table): return _part(count_values(table["label"], rows))
+    labels, texts = (table[name].filter(pa.array(rows)).to_pylist() for name in ("label", "objects"))
+    bare = sum(not label and text in ("", "[]") for label, text in zip(labels, texts))
+    return {**count_classes(labels, texts), **({"": bare} if bare else {})}
+
+def _count_objects(table: pa.Table, rows: np.ndarray) -> dict[str, int]:
+    "Objects of each class."
+    texts = table["objects"].filter(pa.array(rows)).to_pylist() if _has_objects(table) else []
+    return dict(Counter(each["label"] for text in texts for each in parse_objects(text)))
 
 def _part(counts: dict[str, int]) -> dict[str, int]:
     "One of several labels, `a|b`, counts for each."
@@ -106,7 +122,7 @@ def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any],
     turns, worst = take_rows(reader.columns, take_turns(reader.columns, count)), _find_worst(reader.columns, count)
     said = [", ".join(tag for tag in row["tags"] if tag in QUALITY) or f"{row['oddness']:.1f}" for row in worst]
     return {
-        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images in {len(facts['classes'])} class{'es'*(len(facts['classes']) != 1)}"),
+        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images, {len(facts['classes'])} class{'es'*(len(facts['classes']) != 1)}" + "; a bar is the images that hold one of it"*bool(facts["objects"])),
         "samples": draw_grid(show_rows(reader, turns), [row["label"] for row in turns]),
         "worst": draw_grid(show_rows(reader, worst), said, colours=[COLOURS[3] if set(row["tags"]) & set(QUALITY) else INK for row in worst]),
         "map": draw_points(reader, load_settings().cache/"embeddings", load_font(12))[0],
@@ -141,7 +157,7 @@ def list_sections(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 "set aside": f"{facts['set_aside']:,}", "size": human_size(facts["bytes"]), "source files": f"{facts['source_files']:,}",
                 "taken": " to ".join(facts["taken"]) or "not known", "licence": facts["licence"] or "not known: nobody wrote one into data/LICENSE",
                 "message": facts["message"] or "none", "parent": facts["parent"] or "none"}
-    wide = [{"class": name, "images": n, **{split: counts.get(name, 0) for split, counts in facts["class_by_split"].items()}} for name, n in facts["classes"].items()]
+    wide = [{"class": name, **({"objects": facts["objects"].get(name, 0)} if facts["objects"] else {}), "images": n, **{split: counts.get(name, 0) for split, counts in facts["class_by_split"].items()}} for name, n in facts["classes"].items()]
     duplicates = {name.replace("_", " "): count for name, count in facts["duplicates"].items()}
     spreads = {**{f"{name}, 0…1": spread for name, spread in facts["quality"].items()}, **{f"{name}, pixels": facts[name] for name in ("width", "height")}}
     found = {

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...core.drawing import COLOURS, INK, PAPER, fit_text
+from ..formats.objects import parse_objects
 from ..looks.embeddings import Sketcher, embed_samples, find_points, place_samples
 from ..snapshots import SnapshotReader, show_rows
 from .columns import take_rows
@@ -37,8 +38,14 @@ def find_places(
     return few, place_samples(embed_samples([row["id"] for row in few], reader.read, Sketcher(), cache)), Sketcher.name
 
 def _take_some(reader: SnapshotReader, count: int) -> list[dict[str, Any]]:
-    table, ids = reader.columns.select(["id", "label", "bytes"]), reader.columns["id"].to_pylist()
-    return take_rows(table, np.array(nsmallest(count, range(len(ids)), key=ids.__getitem__), int))
+    table, ids = reader.columns.select(["id", "label", "bytes", "objects"]), reader.columns["id"].to_pylist()
+    rows = take_rows(table, np.array(nsmallest(count, range(len(ids)), key=ids.__getitem__), int))
+    return [row | {"label": row["label"] or _name_commonest(row["objects"])} for row in rows]
+
+def _name_commonest(text: str) -> str:
+    "The class of most of the objects in an image, where it has no label of its own."
+    found = Counter(each["label"] for each in parse_objects(text))
+    return max(sorted(found), key=found.__getitem__, default="")
 
 # %% ../../../nbs/api/data/versions/13_maps.ipynb #7c05337c
 CELL, WIDE, HIGH = 46, 19, 12      # pixels of a place; places

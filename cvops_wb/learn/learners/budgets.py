@@ -109,7 +109,7 @@ def choose_budget(
 def _no_time(minutes: float, cost: Cost, spent: float) -> NoTime:
     needed = (cost.sum(1) + RESERVE + spent)/(1 - MARGIN)/60
     return NoTime("not one epoch fits into these minutes", got=f"{minutes:g} min; an epoch at {cost.size} px takes {say_seconds(cost.epoch)}, all that is around it {say_seconds(cost.sum(1) - cost.epoch + RESERVE + spent)}",
-                  fix=f"-p minutes={math.ceil(needed*10)/10:g} or more, a smaller network, or -p network=linear, fitted in seconds")
+                  fix=f"-p minutes={math.ceil(needed*10)/10:g} or more, or a smaller network")
 
 # %% ../../../nbs/api/learn/learners/09_budgets.ipynb #cd5aeed6
 def check_minutes(minutes: float | None, epochs: int) -> None:

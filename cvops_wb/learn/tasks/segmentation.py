@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from ...core.drawing import COLOURS
+from ...core.drawing import COLOURS, INK, PAPER, fit_text, load_font
 from ...data import draw_objects
 from . import TASKS, ObjectTask
 
@@ -115,7 +115,7 @@ class Segmentation(ObjectTask):
 
     def draw(self, image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str]) -> Any:
         "An image under what was found, the truth beside it."
-        return draw_masks(image, true, found)
+        return draw_masks(image, true, found, classes)
 
     def confuse(self, table: pd.DataFrame, classes: Sequence[str]) -> tuple[np.ndarray, list[str], str]:
         "Pixels by their class, the background's last."
@@ -133,10 +133,23 @@ class Segmentation(ObjectTask):
         flat = np.stack([np.asarray(cell, np.uint8) for cell in cells])
         return flat.reshape(len(flat), *[round(flat.shape[1]**.5)]*2)
 
-def draw_masks(image: Any, true: np.ndarray, found: np.ndarray, side: int = 192) -> Image.Image:
-    "The truth left, what was found right, both over the image."
-    true, found = (np.asarray(Image.fromarray(mask).resize((side, side), Image.Resampling.NEAREST)) for mask in (true, found))
+# %% ../../../nbs/api/learn/tasks/05_segmentation.ipynb #sg00drw2
+def draw_masks(image: Any, true: np.ndarray, found: np.ndarray, classes: Sequence[str] = (), side: int = 157) -> Image.Image:
+    "The truth left, what was found right, both over the image; below, in their colours, the classes that are there."
+    size = tuple(max(1, round(length*side/max(image.size))) for length in image.size)
+    true, found = (np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)) for mask in (true, found))
     palette = np.array([[0, 0, 0], *([int(c[k:k + 2], 16) for k in (1, 3, 5)] for c in COLOURS)])
-    pixels = np.asarray(image.convert("RGB").resize(true.shape[::-1]), float)
+    pixels = np.asarray(image.convert("RGB").resize(size), float)
     halves = [np.where(mask[..., None] > 0, .45*pixels + .55*palette[np.where(mask > 0, (mask - 1) % len(COLOURS) + 1, 0)], pixels) for mask in (true, found)]
-    return Image.fromarray(np.concatenate(halves, 1).astype(np.uint8))
+    sheet = Image.new("RGB", (2*size[0] + 6, size[1] + 17*bool(classes)), PAPER)
+    for k, half in enumerate(halves): sheet.paste(Image.fromarray(half.astype(np.uint8)), (k*(size[0] + 6), 0))
+    if classes: _name_colours(ImageDraw.Draw(sheet), [k - 1 for k in np.union1d(true, found) if k], classes, *sheet.size)
+    return sheet
+
+def _name_colours(pen: Any, there: Sequence[int], classes: Sequence[str], width: int, height: int) -> None:
+    font, room, x = load_font(11), width//max(len(there), 1), 0
+    for k in there:
+        name = fit_text(classes[k], max(room - 18, 12), font)
+        pen.rectangle((x, height - 13, x + 8, height - 5), fill=COLOURS[k % len(COLOURS)])
+        pen.text((x + 12, height - 16), name, fill=INK, font=font)
+        x += min(room, int(font.getlength(name)) + 22)

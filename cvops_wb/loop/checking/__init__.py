@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 
 from ...core.errors import BadInput, WrongUsage
+from ...core.files import read_json
 from ...core.settings import Settings, load_settings
 from ..cli import LOOP, Dry, Json, Option, app
 from ..replies import Reply
@@ -37,19 +38,27 @@ def spotcheck(
     """
     settings = load_settings()
     if pairs: return spotcheck_rollout(settings, n, tool, dry_run)
-    from cvops_wb.watch import SpotcheckSpec, find_answering, read_reference, spotcheck as check, take_window
+    from cvops_wb.watch import SpotcheckSpec, find_answering, list_classes, read_reference, spotcheck as check, take_window
     bento, log = find_answering(find_run(settings, "bento", "").record), find_log(settings, log)
     if dry_run: return Reply({"version": bento.version, "log": log, "n": n}, f"would draw {n} predictions of version {bento.version} from {log}")
     rows = take_window(log, bento.version, settings.monitor.window, 1)
-    folder, result, answered = check(rows, read_reference(bento), bento, SpotcheckSpec(n, tool), done)
-    place = folder.relative_to(settings.root).as_posix()
-    return Reply({"folder": place, "answered": answered, "accuracy": asdict(result) if result else None}, tell_check(place, result, answered))
+    reference = read_reference(bento)
+    folder, result, answered = check(rows, reference, bento, SpotcheckSpec(n, tool), done)
+    kept, place = read_json(folder/"check.json"), folder.relative_to(settings.root).as_posix()
+    strange = sorted({row["label"] for row in kept.get("answers", ())} - {*list_classes(reference, kept["rows"])})    # a new product, or a slip of the pen
+    document = {"folder": place, "asked": len(kept["rows"]), "answered": answered, "open": kept["open"], "unknown": strange, "accuracy": asdict(result) if result else None}
+    return Reply(document, tell_check(place, result, answered, kept, strange))
 
-def tell_check(folder: str, result: Any, answered: int) -> str:
+def tell_check(folder: str, result: Any, answered: int, check: dict[str, Any], strange: list[str]) -> str:
     "The check in words."
-    if result is None: return f"{answered} answers so far. Fill in {folder}/sheet.csv, or sort the images below {folder}/sorted; then: cvops spotcheck"
+    asked, least = len(check["rows"]), min(check["spec"]["least"], len(check["rows"]))
+    if result is None and not check["open"]: return f"closed without a result: {answered} of {asked} images were answered, and it takes {least}. The next `cvops spotcheck` draws others"
+    if result is None:
+        return (f"{answered} of {asked} images are answered; from {least} on there is a result. Fill in {folder}/sheet.csv, or sort the images below {folder}/sorted; then: cvops spotcheck. "
+                "Others are drawn when this check is closed: cvops spotcheck --done")
     told = f"accuracy {result.value:.1%}, {result.low:.1%} to {result.high:.1%} at {result.level:.0%} ({result.count} images)".replace("%", " %")
-    return told + (f"; {result.why}: answer them, or close the check with --done" if result.why else "")
+    unknown = f"; no class of the model, so counted as wrong: {', '.join(strange[:5])}" if strange else ""
+    return told + unknown + (f"; {result.why}: answer them, or close the check with --done" if check["open"] else f"; {result.why}" if result.why else "")
 
 # %% ../../../nbs/api/loop/checking/00_init.ipynb #ck000001
 def spotcheck_rollout(settings: Settings, n: int, tool: str, dry_run: bool) -> Reply:

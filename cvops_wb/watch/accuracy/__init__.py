@@ -11,8 +11,8 @@ from ...core.faces import lazy_face
 # %% ../../../nbs/api/watch/accuracy/00_init.ipynb #8484a335
 _rooms = {
     "Estimator": "estimates", "draw_check": "spotchecks", "judge_check": "spotchecks", "SpotcheckSpec": "spotchecks", "read_checks": "spotchecks",
-    "judge_damage": "damage", "read_triggers": "damage",
-    "spotcheck": "asking", "ask_here": "asking", "check_rollout": "asking", "mark_told": "asking",
+    "judge_damage": "damage", "say_trigger": "damage", "read_triggers": "damage",
+    "spotcheck": "asking", "ask_here": "asking", "check_rollout": "asking", "list_classes": "asking", "mark_told": "asking",
     "Sheet": "correcting", "label_here": "correcting",
 }
 __getattr__, __dir__, __all__ = lazy_face(__name__, _rooms)

@@ -95,11 +95,13 @@ def open_check(rows: pd.DataFrame, version: int, spec: SpotcheckSpec, estimator:
     return folder
 
 def close_check(folder: Path, answers: pd.DataFrame, last: bool = False) -> Estimate | None:
-    "What people's answers say; None while there are too few. With all of them, or as the `last` word, the check is closed."
+    "What people's answers say; None while, or if, there are too few. With all of them, or as the `last` word, the check is closed."
     value = read_json(folder/"check.json")
     told = dict(zip(answers["id"], answers["label"]))
     rows = [row for row in value["rows"] if row["id"] in told]
-    if len(rows) < min(value["spec"]["least"], len(value["rows"])): return None
+    if len(rows) < min(value["spec"]["least"], len(value["rows"])):
+        if last: write_atomic(folder/"check.json", dump_json({**value, "open": False}))     # so that another can be drawn
+        return None
     right = np.array([told[row["id"]] == row["predicted"] for row in rows], float)
     found = judge_check(right, np.array([row["chance"] for row in rows])*len(rows)/len(value["rows"]), value["total"], value["spec"]["level"])
     share, low, high = (round(number, 5) for number in found)

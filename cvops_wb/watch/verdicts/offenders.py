@@ -183,7 +183,8 @@ def _tell_cause(camera: str, group: list[Suspicion], reference: pd.DataFrame, ro
     parts = sum(np.where(mine, s.parts, 0.) for s in group)
     worst = np.argsort(-parts, kind="stable")[:most]
     samples = tuple(dict.fromkeys(str(i) for i in rows["id"].to_numpy()[worst[parts[worst] > 0]])) if "id" in rows else ()
-    text = f"{camera or 'all cameras'}: {', '.join(words[:3])}, since {since:%H:%M}"
+    day = "" if start//86_400_000 == int(times.max())//86_400_000 else f"{since:%Y-%m-%d} "     # of another day than the newest row
+    text = f"{camera or 'all cameras'}: {', '.join(words[:3])}, since {day}{since:%H:%M} UTC"
     return Cause(visible[0].lane.view, visible[0].lane.column, text, camera, round(group[0].score, 4), told[0][1],
                  round(max(s.severity for s in group), 4), since.strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z", samples)
 

@@ -58,7 +58,7 @@ def say_estimate(estimate: Estimate | None) -> str:
 def say_state(state: DriftState) -> str:
     "The verdict in a sentence."
     if not state.drifted: return f"No drift in {state.rows:,} predictions; the evidence is at {state.score:.0%} of an alarm.".replace("%", " %")
-    return f"Drift since {state.since[:16].replace('T', ' ')}: {'; '.join(cause.words for cause in state.causes[:3])}."
+    return f"Drift since {state.since[:16].replace('T', ' ')} UTC: {'; '.join(cause.words for cause in state.causes[:3])}."
 
 def say_lead(state: DriftState) -> str:
     "The verdict in a sentence where the causes stand below."
