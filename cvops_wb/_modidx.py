@@ -119,6 +119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'cvops_wb.core.records.Trigger': ('api/core/records.html#trigger', 'cvops_wb/core/records.py'),
                                        'cvops_wb.core.records.View': ('api/core/records.html#view', 'cvops_wb/core/records.py'),
                                        'cvops_wb.core.records.Window': ('api/core/records.html#window', 'cvops_wb/core/records.py'),
+                                       'cvops_wb.core.records.Window.remarks': ( 'api/core/records.html#window.remarks',
+                                                                                 'cvops_wb/core/records.py'),
                                        'cvops_wb.core.records.parse_record': ( 'api/core/records.html#parse_record',
                                                                                'cvops_wb/core/records.py'),
                                        'cvops_wb.core.records.read_envelope': ( 'api/core/records.html#read_envelope',

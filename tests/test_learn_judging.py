@@ -163,7 +163,7 @@ def test_how_many_images_are_needed():
 
 
 @pytest.mark.skipif(not os.environ.get("CVOPS_FULL"), reason="trains twice: set CVOPS_FULL=1")
-@pytest.mark.parametrize("how", [("--epochs", "30", "--size", "32"), ("--minutes", "1")], ids=["epochs", "minutes"])
+@pytest.mark.parametrize("how", [("--epochs", "30", "--size", "32"), ("--minutes", "2")], ids=["epochs", "minutes"])
 def test_a_version_is_made_again(tmp_path, photos, monkeypatch, how):
     "The one command of a card, on real runs: the same metrics; and other metrics are found where the card says others."
     from cvops_wb.loop.workbench import init_workbench

@@ -206,13 +206,16 @@ def test_where_no_request_was_answered_it_says_so(workbench, bento, out):
     assert caught.value.fix
 
 
-def test_what_was_odd_and_what_is_asked_for_stands_in_the_line_that_a_person_reads(workbench, bento, out, monkeypatch):
+def test_what_was_odd_and_what_is_asked_for_stands_in_the_lines_that_a_person_reads(workbench, bento, out, monkeypatch):
     from cvops_wb.loop.runs import DESCRIPTIONS
+    def look() -> str:
+        window = monitor(LOG, bento, QUICK, out)
+        return "; ".join([DESCRIPTIONS["Window"](window), *window.remarks])
     write_log(workbench.root/LOG, make_window(80, seed=5).assign(brightness=float("nan")))
-    told = DESCRIPTIONS["Window"](monitor(LOG, bento, QUICK, out))
+    told = look()
     assert told.startswith("no drift") and "not watched: brightness" in told and "of the answers right (" in told and "asked for" not in told
     monkeypatch.setenv("CVOPS_MONITOR_DAMAGE_FLOOR", ".97")
     write_log(workbench.root/LOG, make_window(600, seed=2, darker=.6, start="2026-03-03T08:00:00"))
     spotcheck(take_window(LOG, 1, 600, 30), make_window(300, seed=1), bento, SpotcheckSpec(50, "simulated"))
-    told = DESCRIPTIONS["Window"](monitor(LOG, bento, QUICK, out))
+    told = look()
     assert told.startswith("drift: ") and "; a new training is asked for: accuracy " in told and "97.0 % at least" in told

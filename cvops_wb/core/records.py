@@ -245,6 +245,11 @@ class Window(Record):
     estimate: dict[str, Any] = field(default_factory=dict)      # accuracy without labels: value, low, high, known, why
     page: str = ""              # HTML: the causes and their images
 
+    @property
+    def remarks(self) -> list[str]:
+        "What a person should read of it: a trigger, which is the last note, first."
+        return [*self.notes[-1:], *self.notes[:-1]]
+
 @dataclass(frozen=True)
 class Trigger(Record):
     "The model does worse than it should: a reason to train again."

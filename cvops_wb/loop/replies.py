@@ -127,7 +127,7 @@ def summarize(document: dict[str, Any]) -> str:
     pages = [stages[name]["page"] for name in ("ingest", "evaluate", "monitor") if name in stages]
     pages += [stages["monitor"]["record"]["report"]] if "monitor" in stages else []
     lines += [f"  {'pages' if k == 0 else '':<9} {page}" for k, page in enumerate(pages)]
-    remarks = getattr(parse_record(stages["ingest"]["record"]), "remarks", []) if "ingest" in stages else []
+    remarks = [remark for name in ("ingest", "monitor") if name in stages for remark in getattr(parse_record(stages[name]["record"]), "remarks", ())]
     lines += [f"  {'note' if k == 0 else '':<9} {remark}" for k, remark in enumerate(remarks)]
     return "\n".join(["", *lines, *([NEXT] if "monitor" in stages else [])])
 

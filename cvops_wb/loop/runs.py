@@ -102,13 +102,12 @@ def _describe_rehearsal(r: Any) -> str:
     return f"{r.requests:,} requests, {r.failed} failed{right}, p50 {r.p50_ms:.1f} ms, p99 {r.p99_ms:.1f} ms"
 
 def _describe_window(r: Any) -> str:
-    known, notes = r.estimate if r.estimate.get("value") is not None and r.estimate.get("known", True) else {}, [*r.notes[-1:], *r.notes[:-1]]   # a trigger is the last
+    known = r.estimate if r.estimate.get("value") is not None and r.estimate.get("known", True) else {}
     right = f", about {known['value']:.0%} of the answers right ({known['low']:.0%} to {known['high']:.0%})".replace("%", " %") if known else ""
-    told = right + "".join(f"; {note}" for note in notes[:2]) + (f"; {len(notes) - 2} more notes" if len(notes) > 2 else "")
-    if r.causes: return f"drift: {'; '.join(cause['words'] for cause in r.causes[:2])}; {r.count:,} predictions{told}; cvops suspects shows the images"
+    if r.causes: return f"drift: {'; '.join(cause['words'] for cause in r.causes[:2])}; {r.count:,} predictions{right}; cvops suspects shows the images"
     drifted = [name for name, column in r.columns.items() if column.get("drifted")]
     shown = f" ({', '.join(drifted[:3])}{' …' if len(drifted) > 3 else ''})" if drifted else ""
-    return f"{'drift' if r.drifted else 'no drift'}: {len(drifted)} of {len(r.columns)} columns{shown}, {r.count:,} predictions{told}"
+    return f"{'drift' if r.drifted else 'no drift'}: {len(drifted)} of {len(r.columns)} columns{shown}, {r.count:,} predictions{right}"
 
 def _describe_selection(r: Any) -> str:
     splits = ", ".join(f"{name} {count:,}" for name, count in r.splits.items() if name != "none")

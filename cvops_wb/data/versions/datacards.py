@@ -122,7 +122,7 @@ def draw_card(snapshot: Snapshot, reader: SnapshotReader, facts: dict[str, Any],
     turns, worst = take_rows(reader.columns, take_turns(reader.columns, count)), _find_worst(reader.columns, count)
     said = [", ".join(tag for tag in row["tags"] if tag in QUALITY) or f"{row['oddness']:.1f}" for row in worst]
     return {
-        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images, {len(facts['classes'])} class{'es'*(len(facts['classes']) != 1)}" + "; a bar is the images that hold one of it"*bool(facts["objects"])),
+        "classes": draw_balance(facts["classes"], f"{facts['in_splits']:,} images, {len(facts['classes'])} class{'es'*(len(facts['classes']) != 1)}" + "; a bar is the images that hold one of it"*bool(facts.get("objects"))),
         "samples": draw_grid(show_rows(reader, turns), [row["label"] for row in turns]),
         "worst": draw_grid(show_rows(reader, worst), said, colours=[COLOURS[3] if set(row["tags"]) & set(QUALITY) else INK for row in worst]),
         "map": draw_points(reader, load_settings().cache/"embeddings", load_font(12))[0],
@@ -157,7 +157,7 @@ def list_sections(facts: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
                 "set aside": f"{facts['set_aside']:,}", "size": human_size(facts["bytes"]), "source files": f"{facts['source_files']:,}",
                 "taken": " to ".join(facts["taken"]) or "not known", "licence": facts["licence"] or "not known: nobody wrote one into data/LICENSE",
                 "message": facts["message"] or "none", "parent": facts["parent"] or "none"}
-    wide = [{"class": name, **({"objects": facts["objects"].get(name, 0)} if facts["objects"] else {}), "images": n, **{split: counts.get(name, 0) for split, counts in facts["class_by_split"].items()}} for name, n in facts["classes"].items()]
+    wide = [{"class": name, **({"objects": facts["objects"].get(name, 0)} if facts.get("objects") else {}), "images": n, **{split: counts.get(name, 0) for split, counts in facts["class_by_split"].items()}} for name, n in facts["classes"].items()]
     duplicates = {name.replace("_", " "): count for name, count in facts["duplicates"].items()}
     spreads = {**{f"{name}, 0…1": spread for name, spread in facts["quality"].items()}, **{f"{name}, pixels": facts[name] for name in ("width", "height")}}
     found = {
