@@ -23,6 +23,8 @@ from cvops_wb.watch import (
 )
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.monitoring import trace_column
+from cvops_wb.watch.verdicts.rounds import estimate_accuracy
+from cvops_wb.watch.verdicts.sheets import say_estimate
 
 QUICK = MonitorSpec(report=False)
 LOG = ".cvops/store/predictions"
@@ -50,6 +52,14 @@ def test_a_dark_camera(workbench, bento, out):
     assert sorted(p.name for p in out.iterdir()) == ["columns.parquet", "drift.html", "reference.parquet", "window.parquet"]
     assert parse_record(json.loads(dump_json(window.to_dict()))) == window
     for figure in (draw_timeline(window), draw_columns(window)): assert len(figure.axes) >= 2
+
+
+@pytest.mark.parametrize("count, said", [(30, "not known, with 30 labelled answers in the reference; cvops spotcheck asks people"), (0, "not known, with 0 labelled answers in the reference; cvops spotcheck asks people")])
+def test_why_accuracy_is_not_known_is_said_as_it_is(workbench, count, said):
+    reference = make_window(60, seed=4)
+    reference.loc[count:, "label"] = ""
+    accuracy, checks = estimate_accuracy(reference, make_window(300, seed=5), 1, workbench)
+    assert not accuracy.known and say_estimate(accuracy) == accuracy.why == said and checks == ()
 
 
 def test_a_good_day_and_twice_the_same(workbench, bento, out):

@@ -334,6 +334,7 @@ def monitor(
     if mail and not dry_run:
         from cvops_wb.watch import write_mail
         reply.document["mail"] = str(write_mail(place(mail)))
+        reply.text += f"\n  {reply.document['mail']}"
     return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #5d5386d8
