@@ -97,9 +97,8 @@ def run_stages(
     stages = [tell_outcome(name, outcome) for name, outcome in result.outcomes.items()]
     document = {"seconds": round(result.seconds, 3), "stages": stages, "left_out": result.skipped,
                 "errors": {name: tell_error(error) for name, error in result.errors.items()}}
-    pages = [f"  {page}" for stage in stages for page in (stage["page"], stage["record"].get("report")) if page]
     remarks = [f"  {line}" for outcome in result.outcomes.values() for line in getattr(outcome.envelope.record, "remarks", ())]
-    return Reply(document, "\n".join([*remarks, *pages]), result.exit_code)
+    return Reply(document, "\n".join([*remarks, *(f"  {stage['page']}" for stage in stages)]), result.exit_code)
 
 # %% ../../nbs/api/loop/10_replies.ipynb #e38c6144
 def tell_outcome(stage: str, outcome: Outcome) -> dict[str, Any]:
