@@ -2,10 +2,11 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from watch_bench import make_bento, write_log
+from watch_bench import make_bento, write_log, write_run
 
 from cvops_wb.core.errors import BadInput, BadModel
 from cvops_wb.core.files import dump_json
@@ -28,6 +29,7 @@ from cvops_wb.watch.verdicts.sheets import say_estimate
 
 QUICK = MonitorSpec(report=False)
 LOG = ".cvops/store/predictions"
+REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -149,6 +151,19 @@ def test_who_was_promoted_is_watched(workbench, bento, out):
     file.change(end)
     os.utime(card, (4e9, 4e9))
     assert find_answering(bento) == bento       # a package was made since
+
+
+def test_the_notebook_follows_unless_another_is_named(workbench, bento):
+    "The runner fills in `bento` and `log`, whether they were given or not: what the live service and the newest package are is followed."
+    cells = json.loads((REPO/"nbs"/"runs"/"10_monitor.ipynb").read_text())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "MonitorSpec(" in "".join(cell["source"]))
+    write_log(workbench.root/LOG, make_window(60, seed=5))
+    write_log(workbench.root/"elsewhere", make_window(60, seed=5))
+    older = write_run(workbench, "package", replace(bento, tag="classifier:0"), 900)
+    newest = write_run(workbench, "package", bento, 600)
+    def follows(**given): exec(source, names := {"newest": 2000, "seed": 0, "out": "", "bento": "", "log": "", **given}); return names["spec"].follow   # noqa: E702
+    assert follows() and follows(bento=newest, log=LOG)
+    assert not follows(bento=older, log=LOG) and not follows(bento=newest, log="elsewhere")
 
 
 def test_a_version_without_reference(workbench, bento, out):
