@@ -2,10 +2,11 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from watch_bench import make_bento, write_log
+from watch_bench import make_bento, write_log, write_run
 
 from cvops_wb.core.errors import BadInput, BadModel
 from cvops_wb.core.files import dump_json
@@ -23,9 +24,12 @@ from cvops_wb.watch import (
 )
 from cvops_wb.watch.drift import make_window
 from cvops_wb.watch.monitoring import trace_column
+from cvops_wb.watch.verdicts.rounds import estimate_accuracy
+from cvops_wb.watch.verdicts.sheets import say_estimate
 
 QUICK = MonitorSpec(report=False)
 LOG = ".cvops/store/predictions"
+REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -50,6 +54,14 @@ def test_a_dark_camera(workbench, bento, out):
     assert sorted(p.name for p in out.iterdir()) == ["columns.parquet", "drift.html", "reference.parquet", "window.parquet"]
     assert parse_record(json.loads(dump_json(window.to_dict()))) == window
     for figure in (draw_timeline(window), draw_columns(window)): assert len(figure.axes) >= 2
+
+
+@pytest.mark.parametrize("count, said", [(30, "not known, with 30 labelled answers in the reference; cvops spotcheck asks people"), (0, "not known, with 0 labelled answers in the reference; cvops spotcheck asks people")])
+def test_why_accuracy_is_not_known_is_said_as_it_is(workbench, count, said):
+    reference = make_window(60, seed=4)
+    reference.loc[count:, "label"] = ""
+    accuracy, checks = estimate_accuracy(reference, make_window(300, seed=5), 1, workbench)
+    assert not accuracy.known and say_estimate(accuracy) == accuracy.why == said and checks == ()
 
 
 def test_a_good_day_and_twice_the_same(workbench, bento, out):
@@ -139,6 +151,19 @@ def test_who_was_promoted_is_watched(workbench, bento, out):
     file.change(end)
     os.utime(card, (4e9, 4e9))
     assert find_answering(bento) == bento       # a package was made since
+
+
+def test_the_notebook_follows_unless_another_is_named(workbench, bento):
+    "The runner fills in `bento` and `log`, whether they were given or not: what the live service and the newest package are is followed."
+    cells = json.loads((REPO/"nbs"/"runs"/"10_monitor.ipynb").read_text())["cells"]
+    source = next("".join(cell["source"]) for cell in cells if "MonitorSpec(" in "".join(cell["source"]))
+    write_log(workbench.root/LOG, make_window(60, seed=5))
+    write_log(workbench.root/"elsewhere", make_window(60, seed=5))
+    older = write_run(workbench, "package", replace(bento, tag="classifier:0"), 900)
+    newest = write_run(workbench, "package", bento, 600)
+    def follows(**given): exec(source, names := {"newest": 2000, "seed": 0, "out": "", "bento": "", "log": "", **given}); return names["spec"].follow   # noqa: E702
+    assert follows() and follows(bento=newest, log=LOG)
+    assert not follows(bento=older, log=LOG) and not follows(bento=newest, log="elsewhere")
 
 
 def test_a_version_without_reference(workbench, bento, out):

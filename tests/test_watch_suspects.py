@@ -11,6 +11,7 @@ from watch_bench import make_bento, take_picture, write_log
 from cvops_wb.core.errors import BadInput
 from cvops_wb.watch import MonitorSpec, monitor, read_drift_state
 from cvops_wb.watch.drift import make_window
+from cvops_wb.watch.verdicts.states import DriftState
 
 HOSTILE = "</style><script>window.hacked=1</script><img src=x onerror=window.hacked=2>"
 
@@ -77,6 +78,13 @@ def test_a_saved_view_for_each_cause(watched):
         assert "drift" in dataset.list_saved_views() and set(view.tags) == set(dataset.list_saved_views())
         first = dataset.load_saved_view(next(name for name in dataset.list_saved_views() if "darker by" in name))
         assert np.isin(first.values("key")[:18], list(dark)).mean() > .9
+
+
+@pytest.mark.parametrize("state, got, fix", [(None, "nothing was watched yet", "run `cvops monitor`"), (DriftState(2, rows=1450), "no drift in 1,450 predictions of version 2", "nothing, until")])
+def test_no_suspects_is_no_riddle(state, got, fix):
+    from cvops_wb.loop.checking import list_suspects
+    with pytest.raises(BadInput) as told: list_suspects(state)
+    assert told.value.got == got and told.value.fix.startswith(fix)
 
 
 def test_without_images_it_is_said(workbench):

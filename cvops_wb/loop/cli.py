@@ -330,10 +330,13 @@ def monitor(
 ) -> Reply:
     """The prediction log against the reference: a verdict, an Evidently report."""
     reply = run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
-    if not dry_run and reply.code == 0: reply.document |= lookout.publish()
+    if not dry_run and reply.code == 0:
+        reply.text += "".join(f"\n  {stage['page'].replace('notebook', 'drift')}" for stage in reply.document["stages"])
+        reply.document |= lookout.publish()
     if mail and not dry_run:
         from cvops_wb.watch import write_mail
         reply.document["mail"] = str(write_mail(place(mail)))
+        reply.text += f"\n  {reply.document['mail']}"
     return reply
 
 # %% ../../nbs/api/loop/11_cli.ipynb #5d5386d8

@@ -95,13 +95,14 @@ def suspects(
     from cvops_wb.data import index_suspects, open_app
     view = index_suspects(table, f"version {state.version}")
     if app: open_app(view)
-    shown = "\n".join(f"  {count:4}  {name}" for name, count in view.tags.items())
-    return Reply({"dataset": view.dataset, "images": view.count, "views": view.tags}, f"{view.count} images in the FiftyOne data set {view.dataset}; saved views:\n{shown}\ncvops suspects --app shows them")
+    shown, gone = "\n".join(f"  {count:4}  {name}" for name, count in view.tags.items()), table["id"].nunique() - view.count
+    kept = f"\n{gone} more were not kept: keep_share and keep_below in settings.ini" if gone else ""
+    return Reply({"dataset": view.dataset, "images": view.count, "views": view.tags}, f"{view.count} images in the FiftyOne data set {view.dataset}; saved views:\n{shown}{kept}\ncvops suspects --app shows them")
 
 def list_suspects(state: Any) -> Any:
     "Sample, cause and place of every offending image; `BadInput` if there is no drift."
-    if state is None or not state.causes:
-        raise BadInput("no verdict names any image", got="no drift" if state else "nothing was watched yet", fix="run `cvops monitor`")
+    if state is None: raise BadInput("no verdict names any image", got="nothing was watched yet", fix="run `cvops monitor`")
+    if not state.causes: raise BadInput("no verdict names any image", got=f"no drift in {state.rows:,} predictions of version {state.version}", fix="nothing, until `cvops monitor` tells of drift")
     import pandas as pd     # heavy, and `cvops --help` does without
     rows = [(sample, cause.words, place, cause.camera, cause.since, "") for cause in state.causes for place, sample in enumerate(cause.samples, 1)]
     return pd.DataFrame(rows, columns=["id", "cause", "place", "camera", "time", "predicted"])

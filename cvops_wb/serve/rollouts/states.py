@@ -96,7 +96,7 @@ def start(state: Rollout, champion: Arm, challenger: Arm, name: str, steps: tupl
     if state.phase == RUNNING:
         raise RolloutRunning("a rollout is under way", got=f"version {state.challenger.version} at {state.share:.0%}", fix="cvops rollout status, or abort it first")
     if challenger.manifest_sha256 == champion.manifest_sha256:
-        raise WrongUsage("this version is the champion already", got=f"version {challenger.version}", fix="cvops models lists the others")
+        raise WrongUsage("this version is the champion already", got=f"version {challenger.version}", fix="cvops models lists the others; to give it callers step by step, make the one before champion again first: cvops rollback")
     if not steps or any(not 0 < share <= .5 for share in steps) or list(steps) != sorted(set(steps)):
         raise WrongUsage("the steps of a rollout are rising shares of at most one half", got=steps, fix="0.01, 0.05, 0.25, 0.5")
     return replace(state, champion=champion, challenger=challenger, previous=None, phase=RUNNING, id=name, step=0, steps=tuple(steps),

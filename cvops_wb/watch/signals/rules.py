@@ -36,7 +36,7 @@ def make_burn(name: str, what: str, allowance: float, severity: str) -> dict[str
     terms = [f"(cvops:{what}:ratio_rate{long} > {times*allowance:.6g} and cvops:{what}:ratio_rate{short} > {times*allowance:.6g})" for long, short, times in pairs]
     words = {"failed": "answers fail", "slow": "answers are slow"}[what]
     return alert(name, " or ".join(terms), severity, f"{{{{ $value | humanizePercentage }}}} of the {words}",
-                 f"The allowance of {allowance:.2%} of 30 days burns {'fast' if severity == 'page' else 'steadily'}; the page shows since when and which version.", wait="2m")
+                 f"The allowance of {allowance:.2%} of 30 days burns {'fast' if severity == 'page' else 'steadily'}; the page shows since when and which version. What to do: if it is a new one, go back (cvops rollback).", wait="2m")
 
 def alert(name: str, expr: str, severity: str, summary: str, description: str, wait: str = "0m", page: str = "cvops dashboard monitoring") -> dict[str, Any]:
     "One alert, with what a person is told and what they should open."
@@ -52,14 +52,14 @@ def make_alerts(given: Alerts) -> list[dict[str, Any]]:
     "Every alert."
     failed, slow = 1 - given.available, 1 - given.fast_share
     return [
-        alert("CvopsServiceDown", 'up{job="cvops"} == 0', "page", "the service does not answer", "Prometheus cannot read /metrics at {{ $labels.instance }}.", "1m", "cvops serve"),
+        alert("CvopsServiceDown", 'up{job="cvops"} == 0', "page", "the service does not answer", "Prometheus cannot read /metrics at {{ $labels.instance }}. What to do: see on that machine whether it runs (cvops doctor), start it again.", "1m", "cvops serve"),
         make_burn("CvopsErrorsBurnFast", "failed", failed, "page"), make_burn("CvopsErrorsBurn", "failed", failed, "ticket"),
         make_burn("CvopsSlowBurnFast", "slow", slow, "page"), make_burn("CvopsSlowBurn", "slow", slow, "ticket"),
         alert("CvopsBusy", 'sum by (job) (rate(cvops_refusals_total{reason="busy"}[5m])) / sum by (job) (rate(cvops_requests_total[5m])) > 0.05', "page",
               "{{ $value | humanizePercentage }} of the requests are turned away", "More is asked than the service can answer: add workers or threads under [serve].", "5m"),
         alert("CvopsRefusals", f'sum by (job, reason) (rate(cvops_refusals_total{{reason!="busy"}}[15m])) / on (job) group_left sum by (job) (rate(cvops_requests_total{{{ASKED}}}[15m])) > 0.1',
               "ticket", "{{ $value | humanizePercentage }} of the requests are refused: {{ $labels.reason }}", "A caller sends what the service cannot read; the reason says what.", "10m"),
-        alert("CvopsLogLost", "increase(cvops_log_lost_total[10m]) > 0", "page", "answers are missing in the prediction log", "The disk takes no more: what is not logged is not watched."),
+        alert("CvopsLogLost", "increase(cvops_log_lost_total[10m]) > 0", "page", "answers are missing in the prediction log", "The disk takes no more: what is not logged is not watched. What to do: make room; cvops clean empties the caches."),
         *make_model_alerts(given)]
 
 def make_model_alerts(given: Alerts) -> list[dict[str, Any]]:
@@ -68,13 +68,13 @@ def make_model_alerts(given: Alerts) -> list[dict[str, Any]]:
     return [
         alert("CvopsDrift", "cvops_drift_detected == 1", "ticket", "version {{ $labels.version }} sees other images than it was trained on" + CAUSE, ADVICE, "0m", REPORT),
         alert("CvopsAccuracyLow", f'cvops_estimated_accuracy_ratio{{bound="high"}} < {given.accuracy:g} or cvops_spotcheck_accuracy_ratio{{bound="high"}} < {given.accuracy:g}', "page",
-              "version {{ $labels.version }} is right at most {{ $value | humanizePercentage }} of the time", "Even the upper end of the interval lies below [alerts] accuracy.", "0m", REPORT),
+              "version {{ $labels.version }} is right at most {{ $value | humanizePercentage }} of the time", "Even the upper end of the interval lies below [alerts] accuracy. What to do: go back if a new version went out lately (cvops rollback); else label such images and train again.", "0m", REPORT),
         alert("CvopsWatcherSilent", f"time() - cvops_watch_timestamp_seconds > {3600*given.silent_hours:g}", "ticket", "nobody has looked at the predictions",
               f"The last `cvops monitor` ended more than {silent} ago.", "5m", "cvops monitor"),
         alert("CvopsLabelsOld", f"time() - cvops_label_timestamp_seconds > {86400*given.label_days:g}", "ticket", "no truth has been told for long",
               f"The last feedback or spot check came more than {old} ago: accuracy is a guess by now.", "1h", "cvops spotcheck"),
         alert("CvopsRolloutLong", f"min_over_time(cvops_rollout_running[{given.rollout_hours:g}h]) == 1", "ticket", "a rollout does not come to an end",
-              "Too few answers, or a difference too small to tell.", "0m", "cvops dashboard rollout")]
+              "Too few answers, or a difference too small to tell. What to do: look at the page; cvops rollout abort sends everybody back to the champion.", "0m", "cvops dashboard rollout")]
 
 # %% ../../../nbs/api/watch/signals/02_rules.ipynb #24375071
 def make_scrape(settings: Settings, rules: str, alertmanager: str = "127.0.0.1:9093", token_file: str = "", every: str = "15s") -> dict[str, Any]:

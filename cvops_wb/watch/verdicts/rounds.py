@@ -101,10 +101,10 @@ def tell(watcher: Watcher, reference: pd.DataFrame, window: pd.DataFrame, settin
     return DriftState(version, model, str(window["time"].max()), watcher.rows, watcher.drifted, round(watcher.score, 4),
                       max((cause.severity for cause in causes), default=0.), since, causes, watcher.cameras, samples, accuracy, checks, tuple(notes), (), watcher.alarms)
 
-def estimate_accuracy(reference: pd.DataFrame, window: pd.DataFrame, version: int, settings: Settings) -> tuple[Estimate | None, tuple[Estimate, ...]]:
+def estimate_accuracy(reference: pd.DataFrame, window: pd.DataFrame, version: int, settings: Settings) -> tuple[Estimate, tuple[Estimate, ...]]:
     "The accuracy of the window without its labels, mended by the newest spot check, and all checks."
     checks = read_checks(version, settings)
     try: estimate = Estimator.learn(reference).estimate(window)
-    except BadInput: return checks[-1] if checks else None, checks
+    except BadInput as e: return checks[-1] if checks else Estimate(None, 0., 1., known=False, why=f"not known, with {e.got}; cvops spotcheck asks people"), checks
     done = [value for path in find_checks(version, settings) if (value := read_json(path)).get("result")]
     return join_check(estimate, checks[-1] if checks else None, done[-1].get("expected") if done else None), checks

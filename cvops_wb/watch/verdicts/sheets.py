@@ -49,7 +49,7 @@ def draw_shots(cause: Cause, photos: Mapping[str, bytes], captions: Mapping[str,
 
 def say_estimate(estimate: Estimate | None) -> str:
     "The accuracy with its interval, and how it is known."
-    if estimate is None or estimate.value is None: return "not known: the reference has no labelled answers"
+    if estimate is None or estimate.value is None: return estimate.why if estimate and estimate.why else "not known"
     how = {"confidence": "estimated from confidence", "spot check": f"{estimate.count} images that people looked at", "both": "spot check, carried on by confidence"}
     told = f"{100*estimate.value:.1f} % ({100*estimate.low:.1f} to {100*estimate.high:.1f}), {how[estimate.method]}"
     return told if estimate.known else estimate.why
