@@ -60,6 +60,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'cvops_wb.core.files.dump_json': ('api/core/files.html#dump_json', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.hash_file': ('api/core/files.html#hash_file', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.hash_value': ('api/core/files.html#hash_value', 'cvops_wb/core/files.py'),
+                                     'cvops_wb.core.files.human_number': ('api/core/files.html#human_number', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.human_size': ('api/core/files.html#human_size', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.join_within': ('api/core/files.html#join_within', 'cvops_wb/core/files.py'),
                                      'cvops_wb.core.files.list_outputs': ('api/core/files.html#list_outputs', 'cvops_wb/core/files.py'),

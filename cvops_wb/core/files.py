@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sync_folder', 'name_part', 'write_atomic', 'join_within', 'hash_file', 'hash_value', 'dump_json', 'read_json',
-           'list_outputs', 'human_size']
+           'list_outputs', 'human_number', 'human_size']
 
 # %% ../../nbs/api/core/02_files.ipynb #9416cd5a
 import errno
@@ -100,6 +100,10 @@ def list_outputs(root: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]
     files = [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p])]
     return {f.relative_to(root).as_posix(): {"sha256": hash_file(f), "size": f.stat().st_size}
             for f in files if f.is_file() and not f.name.startswith(".")}
+
+def human_number(value: float) -> str:
+    "`3,984`, `12.3`, `0.05`: three figures, and never a power of ten."
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}" if abs(value) >= 1e-4 else "0"
 
 def human_size(size: float) -> str:
     "Bytes as a person says them: `1.5 MB`."

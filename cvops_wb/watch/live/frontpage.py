@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core.drawing import escape
-from ...core.files import human_size, write_atomic
+from ...core.files import human_number, human_size, write_atomic
 from ...core.settings import Settings
 from ..charts import draw_shares, say_age, say_seconds
 from .glances import Glance, Traffic, read_glance
@@ -50,7 +50,7 @@ def make_top(glance: Glance) -> str:
     estimate = glance.accuracy
     known = bool(estimate and estimate.known and estimate.value is not None)
     lost = f"{traffic.lost:,} failed" if traffic and traffic.lost else "none failed"
-    tiles = [make_tile("Answers", f"{traffic.count:,}", f"{traffic.count/minutes:.3g} a minute, {lost}") if traffic else make_tile("Answers", note="none yet"),
+    tiles = [make_tile("Answers", f"{traffic.count:,}", f"{human_number(traffic.count/minutes)} a minute, {lost}") if traffic else make_tile("Answers", note="none yet"),
              make_tile("Latency", f"{traffic.whole[1]:.3g} ms", f"99 % are faster; half within {traffic.whole[0]:.3g} ms") if traffic and traffic.count else make_tile("Latency", note="nothing was asked"),
              make_tile("Accuracy", say_share(estimate.value), f"{100*estimate.low:.1f} to {say_share(estimate.high)}, {HOW[estimate.method].format(estimate.count)}") if known and estimate
              else make_tile("Accuracy", note=escape(estimate.why) if estimate and estimate.why else "not known"),

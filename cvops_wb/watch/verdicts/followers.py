@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import BadRecord, CvopsError
-from ...core.files import write_atomic
+from ...core.files import human_number, write_atomic
 from ...serve import list_segments, read_segment
 from .watchers import Watcher, dump_watcher, load_watcher, to_milliseconds
 
@@ -117,7 +117,7 @@ def check_pace(follower: Follower, times: np.ndarray, notes: list[str]) -> None:
         notes.append(f"no predictions for {_say_span(gaps[worst])} before {_say_time(times[min(worst + 1, len(times) - 1)])}")
     usual = np.delete(gaps, worst)      # the longest pause is told by itself
     pace = 60_000*len(usual)/max(usual.sum(), 1)
-    if follower.pace and not 1/4 < pace/follower.pace < 4: notes.append(f"{pace:.3g} predictions a minute, were {follower.pace:.3g}")
+    if follower.pace and not 1/4 < pace/follower.pace < 4: notes.append(f"{human_number(pace)} predictions a minute, were {human_number(follower.pace)}")
     follower.pace = pace if not follower.pace else .7*follower.pace + .3*pace
 
 # %% ../../../nbs/api/watch/verdicts/06_followers.ipynb #05702f51
