@@ -4162,6 +4162,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'cvops_wb/serve/rollouts/evidence.py'),
                                                   'cvops_wb.serve.rollouts.evidence.Evidence.watchers': ( 'api/serve/rollouts/evidence.html#evidence.watchers',
                                                                                                           'cvops_wb/serve/rollouts/evidence.py'),
+                                                  'cvops_wb.serve.rollouts.evidence.Evidence.weigh': ( 'api/serve/rollouts/evidence.html#evidence.weigh',
+                                                                                                       'cvops_wb/serve/rollouts/evidence.py'),
                                                   'cvops_wb.serve.rollouts.evidence.Favourite': ( 'api/serve/rollouts/evidence.html#favourite',
                                                                                                   'cvops_wb/serve/rollouts/evidence.py'),
                                                   'cvops_wb.serve.rollouts.evidence.Favourite.__init__': ( 'api/serve/rollouts/evidence.html#favourite.__init__',

@@ -403,6 +403,18 @@ def test_planted_regressions_are_all_found_and_equal_versions_mostly_not():
     assert decide(state, Evidence(RolloutSpec()), RolloutSpec(), 10., 10., 0).action == "wait"
 
 
+def test_what_was_shown_stays_shown_however_seldom_somebody_looks():
+    "The page drew a curve over the line while the rollout went on, since nobody had looked at that moment."
+    def give(pairs: int, champion: int, challenger: int) -> list[dict]:
+        return [{"arm": arm, "failed": k % 10 < failing, "latency_ms": 9.} for k in range(pairs) for arm, failing in ((BASELINE, champion), (CHALLENGER, challenger))]
+    rows, often, once = [*give(60, 0, 4), *give(600, 4, 0)], Evidence(RolloutSpec()), Evidence(RolloutSpec())
+    for row in rows: often.add([row])
+    once.add(rows)
+    assert once.accuse() == often.accuse() and "fails in" in once.accuse()
+    assert not once.worse.found[0]      # by now it has fallen back
+    assert max(now["worse"] for _, now in once.trail) > -np.log10(RolloutSpec().level)
+
+
 # ---- what is seen without a complaint, and what people say
 
 def answer_pairs(evidence, kind, pairs, rng):

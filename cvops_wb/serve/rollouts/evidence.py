@@ -102,6 +102,7 @@ class Evidence:
                      "wrong": Proportions((spec.wrong_margin, 2*spec.wrong_margin), (1, 1), spec.wrong_margin, -1)}
         self.waiting = Queues()
         self.trail: list[tuple[int, dict[str, float]]] = []     # pairs, evidence as powers of ten
+        self.harm = ""      # what was shown against the challenger, at the first pair that showed it
         self.pairs, self.seen = 0, {BASELINE: [0, 0, 0, 0], CHALLENGER: [0, 0, 0, 0]}     # answers, errors, truths, wrong
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -113,6 +114,7 @@ class Evidence:
             self.wait("answer", arm, failed)
             if not failed: self.add_answer(arm, row)
             if row.get("wrong") is not None: self.hear(arm, bool(row["wrong"]))
+            self.weigh()
             if self.pairs > (self.trail[-1][0] if self.trail else 0): self.remember()
 
     def add_answer(self, arm: str, row: Mapping[str, Any]) -> None:
@@ -127,6 +129,7 @@ class Evidence:
         "The truth about one answer."
         self.seen[arm][2], self.seen[arm][3] = self.seen[arm][2] + 1, self.seen[arm][3] + wrong
         self.wait("truth", arm, wrong)
+        self.weigh()
         if self.trail and self.trail[-1][0] == self.pairs:     # the newest point knows it too
             del self.trail[-1]
             self.remember()
@@ -137,6 +140,10 @@ class Evidence:
         if pair is None: return
         self.pairs += kind == "answer"
         for process in self.watchers(kind): process.add(*(self.favourite.take(pair) if kind == "mix" else pair))
+
+    def weigh(self) -> None:
+        "What was shown once stays shown, however seldom somebody looks: the level holds for the highest point of the evidence."
+        if not self.harm and self.worse.found[0]: self.harm = say_harm(self)
 
     def remember(self) -> None:
         "One point more for the picture; when there are many, every other one goes."
@@ -162,7 +169,7 @@ class Evidence:
 
     def accuse(self) -> str:
         "In words why the challenger is worse; empty while that is not shown."
-        return say_harm(self) if self.worse.found[0] else ""
+        return self.harm
 
 # %% ../../../nbs/api/serve/rollouts/03_evidence.ipynb #ev000008
 def say_harm(evidence: Evidence) -> str:
