@@ -17,7 +17,9 @@ def run_notebook(notebook: Path, output: str) -> None:
     from nbdev.test import nbdev_test
     place = os.open(output, os.O_WRONLY)
     for stream in (1, 2): os.dup2(place, stream)
-    nbdev_test(str(notebook), n_workers=0)
+    nbdev_test(str(notebook), n_workers=0)      # leaves by SystemExit where a cell fails
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    os._exit(0)     # what native libraries do when they are taken down is not the notebook's
 
 
 def check(notebook: Path, context) -> tuple[Path, float, str]:
@@ -27,7 +29,7 @@ def check(notebook: Path, context) -> tuple[Path, float, str]:
         child = context.Process(target=run_notebook, args=(notebook, output.name))
         child.start()
         child.join()
-        return notebook, time.monotonic() - begin, "" if child.exitcode == 0 else Path(output.name).read_text(errors="replace")[-6000:] or f"ended with {child.exitcode}"
+        return notebook, time.monotonic() - begin, "" if child.exitcode == 0 else f"{Path(output.name).read_text(errors='replace')[-6000:]}\nended with {child.exitcode}"
 
 
 def main(words: list[str]) -> int:
