@@ -140,21 +140,26 @@ def test_the_same_seed_gives_the_same_model(shelf):
     assert first.manifest_sha256 == same.manifest_sha256 != other.manifest_sha256 and first.metrics == same.metrics
 
 
-def test_cut_off_it_goes_on(shelf, monkeypatch, capsys):
-    "The stage itself, cut off at its eleventh step and called again: the same manifest, the whole history, and no checkpoint left."
-    settings, snapshot = shelf
-    spec, steps = replace(TINY, epochs=4, seed=5), []
-    whole = train(snapshot, spec, room(settings, "train-whole"))
-    from cvops_wb.learn.fitting import Step
-    take = Step.take
+def cut_off(monkeypatch, snapshot, spec, out):
+    "A training that is interrupted at its eleventh step, those of a measurement not counted; it is kept at each."
+    from cvops_wb.learn.fitting import Run, Step
+    steps, take = [], Step.take
     def stop(self, index, progress):
-        steps.append(progress)
+        if isinstance(self, Run): steps.append(progress)
         if len(steps) == 11: raise KeyboardInterrupt
         return take(self, index, progress)
     monkeypatch.setenv("CVOPS_TRAIN_CHECKPOINT", "0")
     with monkeypatch.context() as patch:
         patch.setattr(Step, "take", stop)
-        with pytest.raises(KeyboardInterrupt): train(snapshot, spec, room(settings, "train-cut"))
+        with pytest.raises(KeyboardInterrupt): train(snapshot, spec, out)
+
+
+def test_cut_off_it_goes_on(shelf, monkeypatch, capsys):
+    "The stage itself, cut off at its eleventh step and called again: the same manifest, the whole history, and no checkpoint left."
+    settings, snapshot = shelf
+    spec = replace(TINY, epochs=4, seed=5)
+    whole = train(snapshot, spec, room(settings, "train-whole"))
+    cut_off(monkeypatch, snapshot, spec, room(settings, "train-cut"))
     assert len(list((settings.cache/"checkpoints").glob("*.safetensors"))) == 1
     again = train(snapshot, spec, room(settings, "train-cut"))
     assert again.manifest_sha256 == whole.manifest_sha256 and again.metrics == whole.metrics and "goes on in epoch" in capsys.readouterr().out
@@ -187,18 +192,10 @@ def test_a_budget_becomes_epochs_and_a_size(shelf, brief, capsys):
 
 def test_cut_off_it_keeps_its_budget(shelf, brief, monkeypatch, capsys):
     "The machine is measured once: what goes on, or begins anew, has the epochs and the size of the beginning, whatever the clock would say now."
-    from cvops_wb.learn.fitting import Run, Step
     from cvops_wb.learn.learners import budgets
     settings, snapshot = shelf
-    spec, steps, take = replace(brief, seed=3), [], Step.take
-    def stop(self, index, progress):
-        if isinstance(self, Run): steps.append(progress)
-        if len(steps) == 11: raise KeyboardInterrupt
-        return take(self, index, progress)
-    monkeypatch.setenv("CVOPS_TRAIN_CHECKPOINT", "0")
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "take", stop)
-        with pytest.raises(KeyboardInterrupt): train(snapshot, spec, room(settings, "train-minutes-cut"))
+    spec = replace(brief, seed=3)
+    cut_off(monkeypatch, snapshot, spec, room(settings, "train-minutes-cut"))
     def slow(*_): raise AssertionError("it is measured again")
     monkeypatch.setattr(budgets, "measure_cost", slow)
     again = train(snapshot, spec, room(settings, "train-minutes-cut"))
