@@ -237,7 +237,7 @@ h1,h2,h3,p,li{overflow-wrap:anywhere}h1{font-size:1.9rem;line-height:1.2}h2{marg
 img{max-width:100%;height:auto;border-radius:4px}code,pre{padding:.15em .4em;border-radius:4px;background:var(--ground);font:13px/1.5 ui-monospace,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}pre{padding:.5rem .8rem;white-space:pre-wrap}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13px}td,th{padding:.25rem .7rem;border-bottom:1px solid var(--line);text-align:left}td{max-width:34rem;overflow-wrap:break-word}td img{max-width:none}
 """
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 def make_page(
     title: str,         # as it is; it is escaped here

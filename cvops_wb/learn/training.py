@@ -41,7 +41,7 @@ from .loading import Pixels, check_classes, load_pixels, read_photos, take_split
 from .mirrors import gather_run, list_mirrors, mirror_run
 from .learners.shots import recall_all
 from .networks import build_network
-from .networks.shots import Shots
+from .networks.shots import WAYS, Shots
 from .registry import pin_network
 from .tasks import TASKS, check_labels, choose_task
 from .tasks.classification import find_chance
@@ -263,7 +263,7 @@ def settle(settings: Settings, snapshot: Snapshot, asked: TrainSpec, spec: Train
 
 def has_steps(spec: TrainSpec) -> bool:
     "Whether it learns step by step."
-    return not hasattr(LEARNERS[spec.task], "memorise") and spec.network.partition(":")[0] not in ("prototypes", "linear", "knn")
+    return not hasattr(LEARNERS[spec.task], "memorise") and spec.network.partition(":")[0] not in WAYS
 
 def try_out(settings: Settings, snapshot: Snapshot, spec: TrainSpec, device: str, load: Callable) -> Learner:
     "A learner such as will train, of a network that is thrown away."

@@ -331,7 +331,7 @@ def monitor(
     """The prediction log against the reference: a verdict, an Evidently report."""
     reply = run_stages({"monitor": {"log": log and place(log), "newest": newest}}, set, force, dry_run)
     if not dry_run and reply.code == 0:
-        reply.text += "".join(f"\n  {stage['page'].replace('notebook', 'drift')}" for stage in reply.document["stages"])
+        reply.text += "".join(f"\n  {stage['record']['page']}" for stage in reply.document["stages"])
         reply.document |= lookout.publish()
     if mail and not dry_run:
         from cvops_wb.watch import write_mail

@@ -21,7 +21,7 @@ from ...core.drawing import COLOURS, INK, PAPER, draw_grid, escape, fit_text, lo
 from ...core.files import dump_json, human_size, write_atomic
 from ...core.records import Snapshot
 from ...core.settings import load_settings
-from ..formats.objects import count_classes, parse_objects
+from ..formats.objects import parse_objects
 from ..quality import QUALITY, measure_oddness
 from ..snapshots import SnapshotReader, find_inside, open_snapshot, show_rows, take_turns
 from ..splits import SPLITS
@@ -38,13 +38,14 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
     table = (reader or open_snapshot(snapshot)).columns
     inside, tags, sources = find_inside(table), count_values(pc.list_flatten(table["tags"])), pc.list_flatten(table["sources"])
     split, splits = place_values(table["split"])
+    objects = _find_objects(table)
     folders = sorted(count_values(pc.replace_substring_regex(sources, "/?[^/]*$", "")).items(), key=lambda item: -item[1])
     return {
         "id": snapshot.id, "message": snapshot.message, "parent": snapshot.parent,
         "images": len(table), "in_splits": int(inside.sum()), "set_aside": int((~inside).sum()), "bytes": int(to_array(table["bytes"]).sum()),
-        "classes": _name(_count_images(table, inside), "(no label)"), "objects": _count_objects(table, inside), "splits": _name(count_values(table["split"]), "", none="set aside"),
-        "class_by_split": {name: _name(_count_images(table, split == splits.index(name)), "(no label)") for name in SPLITS if name in splits},
-        "labels_by": _name(count_values(table["labeled_by"]), "(no label of the whole image)" if _has_objects(table) else "(no label)"), "cameras": _name(count_values(table["camera"]), "(not known)"),
+        "classes": _name(_count_images(table, objects, inside), "(no label)"), "objects": _count_objects(objects, inside), "splits": _name(count_values(table["split"]), "", none="set aside"),
+        "class_by_split": {name: _name(_count_images(table, objects, split == splits.index(name)), "(no label)") for name in SPLITS if name in splits},
+        "labels_by": _name(count_values(table["labeled_by"]), "(no label)" if objects is None else "(no label of the whole image)"), "cameras": _name(count_values(table["camera"]), "(not known)"),
         "sources": _name(dict(folders[:50]), "."), "source_files": len(sources), "taken": _span(table["taken"]), "groups": _count_different(table["group"], inside),
         "duplicates": {"files_of_the_same_bytes": int((to_array(pc.list_value_length(table["sources"])) - 1).clip(0).sum()), "near_duplicates": tags.get("near_duplicate", 0),
                        "leaks": tags.get("leak", 0)},
@@ -52,19 +53,21 @@ def describe_snapshot(snapshot: Snapshot, reader: SnapshotReader | None = None) 
         "width": _spread(table["width"]), "height": _spread(table["height"]), "licence": _find_licence(), "views": dict(snapshot.views),
     }
 
-def _has_objects(table: pa.Table) -> bool: return bool(pc.any(pc.greater(pc.binary_length(table["objects"]), 0)).as_py())
+def _find_objects(table: pa.Table) -> list[list[str]] | None:
+    "The class of each object in each image; None where objects were never looked for."
+    if not pc.any(pc.greater(pc.binary_length(table["objects"]), 0)).as_py(): return None
+    return [[each["label"] for each in parse_objects(text)] for text in table["objects"].to_pylist()]
 
-def _count_images(table: pa.Table, rows: np.ndarray) -> dict[str, int]:
+def _count_images(table: pa.Table, objects: list[list[str]] | None, rows: np.ndarray) -> dict[str, int]:
     "Images that bear each class as a label or hold an object of it; those that do neither have no name."
-    if not _has_objects(table): return _part(count_values(table["label"], rows))
-    labels, texts = (table[name].filter(pa.array(rows)).to_pylist() for name in ("label", "objects"))
-    bare = sum(not label and text in ("", "[]") for label, text in zip(labels, texts))
-    return {**count_classes(labels, texts), **({"": bare} if bare else {})}
+    if objects is None: return _part(count_values(table["label"], rows))
+    labels = table["label"].to_pylist()
+    found = Counter(name for k in np.flatnonzero(rows) for name in ({*labels[k].split("|"), *objects[k]} - {""} or {""}))
+    return dict(sorted(found.items(), key=lambda item: (not item[0], item[0])))
 
-def _count_objects(table: pa.Table, rows: np.ndarray) -> dict[str, int]:
+def _count_objects(objects: list[list[str]] | None, rows: np.ndarray) -> dict[str, int]:
     "Objects of each class."
-    texts = table["objects"].filter(pa.array(rows)).to_pylist() if _has_objects(table) else []
-    return dict(Counter(each["label"] for text in texts for each in parse_objects(text)))
+    return dict(Counter(name for k in np.flatnonzero(rows) for name in objects[k])) if objects else {}
 
 def _part(counts: dict[str, int]) -> dict[str, int]:
     "One of several labels, `a|b`, counts for each."

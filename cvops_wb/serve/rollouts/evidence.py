@@ -165,8 +165,8 @@ class Evidence:
         return [name for name in self.needed if float(self.fine[name].peak[0]) < -np.log(self.spec.level)]
 
     def accuse(self) -> str:
-        "In words why the challenger is worse; empty while that is not shown."
-        return self.harm
+        "In words why the challenger is worse, or was shown to be where the evidence has fallen back; empty while that is not shown."
+        return say_harm(self) if self.worse.found[0] else self.harm
 
 # %% ../../../nbs/api/serve/rollouts/03_evidence.ipynb #ev000008
 def say_harm(evidence: Evidence) -> str:

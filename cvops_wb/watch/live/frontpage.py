@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core.drawing import escape
+from ...core.drawing import POLICY, escape
 from ...core.files import human_number, human_size, write_atomic
 from ...core.settings import Settings
 from ..charts import draw_shares, say_age, say_seconds
@@ -21,7 +21,7 @@ from ..looks import STYLE
 from ..pages import make_card, make_empty, make_facts, make_link, make_list, make_part, make_tile, say_clock, say_share
 from ..signals.gauges import to_seconds
 from ..verdicts.advice import advise
-from ..verdicts.sheets import POLICY, say_estimate, say_lead, say_state
+from ..verdicts.sheets import say_estimate, say_lead, say_state
 from ..verdicts.states import Cause
 
 # %% ../../../nbs/api/watch/live/04_frontpage.ipynb #d25b72b2
